@@ -1,0 +1,51 @@
+# make repro: set up and run the whole pipeline.   make test: set up and pass the tests.
+PYTHON ?= $(shell command -v python3 || command -v python)
+PORT ?= 5000
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lab mlflow docs lock clean
+
+help:            ## what there is to make
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+setup: $(READY)  ## create .venv and install everything that is locked
+
+# uv installs the lock in a fraction of pip's time; pip, which honours every local configuration, is the fallback.
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "semid needs Python 3.11, 3.12 or 3.13 on the PATH, or make PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "semid needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is another: make PYTHON=/path/to/python"; exit 1; }
+	@test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install -q "$$(grep '^uv==' requirements.lock)"
+	VIRTUAL_ENV="$(CURDIR)/.venv" .venv/bin/python -m uv pip install -q -r requirements.lock || \
+		.venv/bin/python -m pip install -q -r requirements.lock
+	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+repro: setup     ## run the pipeline: dvc repro
+	SEMID_PIPELINE="$${SEMID_PIPELINE:-$$(date +%Y-%m-%dT%H:%M:%S)}" dvc repro
+
+test: setup      ## everything that must pass
+	python tests/gate.py
+	ruff check nbs experiments semid tests docs.py
+	mypy
+	pytest
+
+lab: setup       ## explore in JupyterLab
+	jupyter lab
+
+mlflow: setup    ## look at the runs (PORT=5000)
+	mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --port $(PORT)
+
+docs: setup      ## README.md and the site in site/, from the notebooks
+	python docs.py
+
+lock: setup      ## resolve requirements.lock anew for Python 3.11 to 3.13
+	python -m uv pip compile -q --universal --python-version 3.11 --extra all --no-emit-index-url --no-header \
+		--no-annotate pyproject.toml -o requirements.lock
+
+clean:           ## remove what can be made again, but not .venv
+	rm -rf site _docs .mypy_cache .ruff_cache .pytest_cache experiments/runs/*.ipynb

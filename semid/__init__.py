@@ -1,0 +1,31 @@
+"""Embeddings to semantic IDs. Public names are resolved on first use, so that `import semid` stays light."""
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "config": "root params Params seed_everything device SemidError SemanticIdError NotFittedError "
+              "ShapeMismatchError DataError ModelFormatError ConfigError",
+    "features": "Features FeatureWriter features_from_npy load_source open_features read_features write_features",
+    "tracking": "start_run",
+    "clustering.kmeans": "KMeans nearest",
+    "semantic_ids.rq_kmeans": "RQKMeans",
+    "semantic_ids.formatting": "codes_to_ids ids_to_codes",
+    "semantic_ids.uniqueness": "CollisionStore InMemoryCollisionStore SQLiteCollisionStore UniqueIdResolver",
+    "semantic_ids.engine": "SemanticIdEngine",
+    "semantic_ids.metrics": "evaluate evaluate_quality find_similar hierarchical_distance recall_at_k ndcg_at_k",
+    "semantic_ids.sweep": "sweep",
+}
+_MODULE_OF = {name: f"semid.{module}" for module, names in _HOME.items() for name in names.split()}
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'semid' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"Nearest-centroid kernels, Lloyd, and what stands on them."

@@ -1,0 +1,1 @@
+"Quantisers, codes as strings, unique IDs, and their evaluation."
