@@ -7,7 +7,7 @@ __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchErro
            'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'atomic_path']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
-import os, random, re, tempfile, warnings
+import glob, os, random, re, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -124,6 +124,18 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+def _alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: return True
+    return True
+
+def _sweep(path):
+    "Remove temporary files for `path` whose process is gone."
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        pid = left.name.removeprefix(f".{path.name}.").partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)): left.unlink(missing_ok=True)
+
 @contextmanager
 def atomic_path(
     path,  # where the file shall be; missing parent folders are made
@@ -131,7 +143,8 @@ def atomic_path(
     "Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s name."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    _sweep(path)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp", dir=path.parent)
     os.close(fd)
     temporary = Path(name)
     try:

@@ -181,11 +181,13 @@ def _open(
     path,
 ) -> pq.ParquetFile:
     "Open for reading in small pieces, as plain lists."
-    # A fixed-size list with a null row can be written but not read back: without the arrow schema that is stored
-    # in the file, the same bytes read as a plain list. And pre_buffer would hold a whole row group in memory.
-    plain = io.BytesIO()
-    pq.read_metadata(path).write_metadata_file(plain)
-    metadata = pq.read_metadata(io.BytesIO(plain.getvalue().replace(b"ARROW:schema", b"arrow_schema")))
+    # A fixed-size list with a null row can be written but not read back: without the arrow schema stored in
+    # the file, the same bytes read as a plain list. And pre_buffer would hold a whole row group in memory.
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
+        footer = b"PAR1" + file.read().replace(b"ARROW:schema", b"arrow_schema")
+    metadata = pq.read_metadata(io.BytesIO(footer))
     return pq.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=1 << 20,
                           page_checksum_verification=True)
 
@@ -256,9 +258,9 @@ class _File:
 
 _UNREADABLE = (OSError, pa.ArrowException, UnicodeError)
 
-def _width(file, kind, name):
+def _width(file, name, kind):
     "The length that most of the first 256 features of this file have; None if there is none."
-    if pa.types.is_fixed_size_list(kind): return kind.list_size
+    if not file.metadata.num_rows: return getattr(kind, "list_size", None)
     first = next(file.iter_batches(256, columns=[name], use_threads=False), None)
     if first is None: return None
     lengths = Counter(pc.list_value_length(first.column(0)).drop_null().to_pylist())
@@ -278,7 +280,7 @@ def _inspect(path, id_column, feature_column, columns) -> _File:
         value = getattr(kind := types.field(feature_column).type, "value_type", pa.null())
         if not (pa.types.is_floating(value) or pa.types.is_integer(value)):
             return wrong(f"features that are {kind}: use lists of floats")
-        return _File(path, rows, _width(file, kind, feature_column))
+        return _File(path, rows, _width(file, feature_column, kind))
     except _UNREADABLE: return _File(path, problem="unreadable")
 
 # %% ../nbs/01_features.ipynb #8119d22f

@@ -1,4 +1,4 @@
-"""Features: what does not read well in a notebook. Any data in any layout, broken files, killed writers, memory."""
+"""Features: any data in any layout, broken files, killed writers, memory."""
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from hypothesis.extra.numpy import arrays
 import semid.features as sf
 from semid.config import ConfigError, DataError, ShapeMismatchError
 from semid.features import (
-    FeatureWriter, Fingerprint, data_fingerprint, features_from_npy, load_source, open_features, read_features,
-    write_features,
+    FeatureWriter, Fingerprint, data_fingerprint, features_from_npy, load_source, open_features,
+    read_features, write_features,
 )
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -25,7 +25,8 @@ def datasets(draw, dtype=np.float32):
     ids = draw(st.lists(texts, unique=True, max_size=40))
     shape = len(ids), draw(st.integers(1, 5))
     width = np.finfo(dtype).bits
-    return ids, draw(arrays(dtype, shape, elements=st.floats(allow_nan=False, allow_infinity=False, width=width)))
+    numbers = st.floats(allow_nan=False, allow_infinity=False, width=width)
+    return ids, draw(arrays(dtype, shape, elements=numbers))
 
 
 @pytest.fixture
@@ -68,10 +69,12 @@ def test_float16_is_exact_and_pieces_leave_no_trace(tmp_path_factory, data, step
                                  pa.dictionary(pa.int32(), pa.string())])
 def test_every_layout(tmp_path, value, layout, ids):
     names = pa.array(["1", "2", "3"]) if ids != pa.int64() and ids != pa.uint8() else pa.array([1, 2, 3])
-    table = pa.table({"pid": names.cast(ids), "embedding": pa.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], layout(value))})
+    vectors = pa.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], layout(value))
+    table = pa.table({"pid": names.cast(ids), "embedding": vectors})
     pq.write_table(table, tmp_path / "f.parquet")
     got, X = read_features(tmp_path / "f.parquet", id_column="pid", feature_column="embedding")
-    assert got.tolist() == ["1", "2", "3"] and X.dtype == np.float32 and X.ravel().tolist() == list(range(1, 10))
+    assert got.tolist() == ["1", "2", "3"] and X.dtype == np.float32
+    assert X.ravel().tolist() == list(range(1, 10))
 
 
 def test_row_groups_do_not_change_the_bytes_of_a_large_file(tmp_path):
@@ -87,8 +90,9 @@ def test_row_groups_do_not_change_the_bytes_of_a_large_file(tmp_path):
 # --- what can't be used
 
 bad_rows = {
-    "null id": (None, [1., 2.]), "null feature": ("x", None), "wrong dimension": ("x", [1.]), "NaN": ("x", [1., np.nan]),
-    "null element": ("x", [None, 1.]), "Inf": ("x", [-np.inf, 1.]), "zero norm": ("x", [0., -0.]), "good": ("x", [1., 2.]),
+    "null id": (None, [1., 2.]), "null feature": ("x", None), "wrong dimension": ("x", [1.]),
+    "null element": ("x", [None, 1.]), "NaN": ("x", [1., np.nan]), "Inf": ("x", [-np.inf, 1.]),
+    "zero norm": ("x", [0., -0.]), "good": ("x", [1., 2.]),
 }
 
 @quick
@@ -98,8 +102,8 @@ def test_every_row_is_kept_or_quarantined(tmp_path_factory, kinds, per_file, rep
     rows = [(i and (i if repeat else f"{i}{n}"), x) for n, (i, x) in enumerate(map(bad_rows.get, kinds))]
     for n, at in enumerate(range(0, len(rows) or 1, per_file)):
         ids, X = zip(*rows[at:at+per_file]) if rows else ((), ())
-        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "feature": pa.array(X, pa.list_(pa.float32()))}),
-                       folder / f"{n:03}.parquet")
+        table = pa.table({"id": pa.array(ids, pa.string()), "feature": pa.array(X, pa.list_(pa.float32()))})
+        pq.write_table(table, folder / f"{n:03}.parquet")
     features = open_features(folder, dim=2, metric="cosine", max_bad_fraction=1, quarantine=folder)
     try: kept, X = features.read()
     except DataError: kept, X = np.array([]), np.empty((0, 2))
@@ -165,8 +169,8 @@ def test_wrong_layout(tmp_path, data):
     ids, X = data
     write_features(tmp_path / "a.parquet", ids, X)
     pq.write_table(pa.table({"id": ["x", "y"], "vector": [[1.], [2.]]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="2 of 502 rows and 1 of 2 files can't be used.*2 × wrong layout.*b.parquet"):
-        read_features(tmp_path)
+    words = "2 of 502 rows and 1 of 2 files can't be used.*2 × wrong layout.*b.parquet"
+    with pytest.raises(DataError, match=words): read_features(tmp_path)
     assert len(read_features(tmp_path, max_bad_fraction=.5)[0]) == 500
     for column in ([.5], [[b"x"]], ["text"]):
         pq.write_table(pa.table({"id": ["x"], "feature": column}), tmp_path / "c.parquet")
@@ -194,7 +198,8 @@ def test_a_reader_that_stops_early_leaves_no_list(tmp_path, data):
 
 
 def test_other_columns(tmp_path):
-    table = pa.table({"id": ["a", "b", "a"], "feature": [[1.], [np.nan], [3.]], "n": [1, 2, 3], "caption": ["x", "y", "z"]})
+    table = pa.table({"id": ["a", "b", "a"], "feature": [[1.], [np.nan], [3.]], "n": [1, 2, 3],
+                      "caption": ["x", "y", "z"]})
     pq.write_table(table, tmp_path / "f.parquet")
     features = open_features(tmp_path, columns=["caption", "n", "id"], max_bad_fraction=1)
     ids, X, more = features.read()
@@ -238,7 +243,8 @@ def test_a_file_that_breaks_off_in_the_middle(tmp_path):
 
 
 def test_ids_that_are_no_text(tmp_path):
-    broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
+    offsets = pa.py_buffer(np.array([0, 2], np.int32))
+    broken = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff\xfe"))
     pq.write_table(pa.table({"id": broken, "feature": [[1.]]}), tmp_path / "f.parquet")
     with pytest.raises(DataError, match="unreadable"): read_features(tmp_path / "f.parquet")
 
@@ -246,11 +252,16 @@ def test_ids_that_are_no_text(tmp_path):
 # --- writing
 
 @pytest.mark.parametrize("ids, X, error, words", [
-    (["a", None], [[1.], [2.]], DataError, "null"), (["a", "a"], [[1.], [2.]], DataError, "'a' is there twice"),
-    (["a"], [[1.], [2.]], ShapeMismatchError, "shape"), (["a"], [1.], ShapeMismatchError, "shape"),
-    (["a", "b"], [[1.], [2., 3.]], ShapeMismatchError, "one length"), (["a"], [[np.inf]], DataError, "'a' holds Inf"),
-    (["a"], [["x"]], DataError, "floats"), (["a"], [[1e300]], DataError, "more than float32 can hold"),
-    (["a"], np.empty((1, 0)), ShapeMismatchError, "at least one number"), ([1.5], [[1.]], DataError, "strings or integers"),
+    (["a", None], [[1.], [2.]], DataError, "null"),
+    (["a", "a"], [[1.], [2.]], DataError, "'a' is there twice"),
+    (["a"], [[1.], [2.]], ShapeMismatchError, "shape"),
+    (["a"], [1.], ShapeMismatchError, "shape"),
+    (["a", "b"], [[1.], [2., 3.]], ShapeMismatchError, "one length"),
+    (["a"], [[np.inf]], DataError, "'a' holds Inf"),
+    (["a"], [["x"]], DataError, "floats"),
+    (["a"], [[1e300]], DataError, "more than float32 can hold"),
+    (["a"], np.empty((1, 0)), ShapeMismatchError, "at least one number"),
+    ([1.5], [[1.]], DataError, "strings or integers"),
 ])
 @pytest.mark.parametrize("rows_per_shard", [None, 5])
 def test_refusals_leave_what_was_there(tmp_path, ids, X, error, words, rows_per_shard):
@@ -262,12 +273,16 @@ def test_refusals_leave_what_was_there(tmp_path, ids, X, error, words, rows_per_
 
 
 def test_refused_types_and_places(tmp_path, data):
-    with pytest.raises(ConfigError, match="float32 or float16, not int8"): write_features(tmp_path / "f", *data, dtype="int8")
-    with pytest.raises(ConfigError, match="rows_per_shard"): write_features(tmp_path / "f", *data, rows_per_shard=0)
+    path = write_features(tmp_path / "f", *data)
+    with pytest.raises(ConfigError, match="float32 or float16, not int8"):
+        write_features(path, *data, dtype="int8")
+    with pytest.raises(ConfigError, match="rows_per_shard"):
+        write_features(tmp_path / "s", *data, rows_per_shard=0)
     with pytest.raises(DataError, match="is a folder"): write_features(tmp_path, *data)
-    with pytest.raises(ConfigError, match="l2 or cosine"): open_features(tmp_path, metric="dot")
-    with pytest.raises(ConfigError, match="share"): open_features(write_features(tmp_path / "f", *data), max_bad_fraction=2)
-    with pytest.raises(DataError, match="not a folder of shards"): write_features(tmp_path / "f", *data, rows_per_shard=9)
+    with pytest.raises(DataError, match="not a folder of shards"):
+        write_features(path, *data, rows_per_shard=9)
+    with pytest.raises(ConfigError, match="l2 or cosine"): open_features(path, metric="dot")
+    with pytest.raises(ConfigError, match="share"): open_features(path, max_bad_fraction=2)
 
 
 KILLED = """
@@ -300,7 +315,8 @@ def test_a_failed_swap_of_folders_brings_the_old_one_back(tmp_path, monkeypatch,
         if self.name == "new": raise OSError("disk")
         return rename(self, target)
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="disk"): write_features(tmp_path / "s", ids[:5], X[:5], rows_per_shard=100)
+    with pytest.raises(OSError, match="disk"):
+        write_features(tmp_path / "s", ids[:5], X[:5], rows_per_shard=100)
     assert len(read_features(tmp_path / "s")[0]) == 500 and os.listdir(tmp_path) == ["s"]
 
 
@@ -344,7 +360,8 @@ def test_nothing_is_unpickled(tmp_path):
         with pytest.raises(DataError, match="allow_pickle=False|no file"):
             features_from_npy(tmp_path / name, tmp_path / "o.parquet")
         if not name.startswith("cut"):
-            with pytest.raises(DataError): features_from_npy(tmp_path / "X.npy", tmp_path / "o.parquet", tmp_path / name)
+            with pytest.raises(DataError):
+                features_from_npy(tmp_path / "X.npy", tmp_path / "o.parquet", ids=tmp_path / name)
     assert not (tmp_path / "opened").exists() and not (tmp_path / "o.parquet").exists()
 
 
@@ -375,11 +392,13 @@ print(peak() - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_one_huge_row_group_streams_in_little_memory(tmp_path):
     n, dim = 300_000, 256
-    X = pa.array(np.tile(np.random.default_rng(0).standard_normal((1000, dim)).astype(np.float16), (n // 1000, 1)).ravel())
-    table = pa.table({"id": pa.array(np.arange(n)), "feature": pa.FixedSizeListArray.from_arrays(X, dim)})
+    some = np.random.default_rng(0).standard_normal((1000, dim)).astype(np.float16)
+    X = pa.FixedSizeListArray.from_arrays(pa.array(np.tile(some, (n // 1000, 1)).ravel()), dim)
+    table = pa.table({"id": np.arange(n), "feature": X})
     pq.write_table(table, tmp_path / "f.parquet", row_group_size=n, use_dictionary=False, compression="none")
     assert (tmp_path / "f.parquet").stat().st_size > 150e6
-    run = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path / "f.parquet")], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", STREAM, str(tmp_path / "f.parquet")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) < 250  # MB; the matrix alone is 307
 
 
@@ -387,7 +406,8 @@ def test_two_million_ids_are_checked_quickly(tmp_path):
     n = 2_000_000
     ids = np.char.add("item-", np.arange(n).astype(str))
     ids[-1] = ids[5]
-    table = pa.table({"id": ids, "feature": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(n, np.float16)), 1)})
+    ones = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(n, np.float16)), 1)
+    table = pa.table({"id": ids, "feature": ones})
     pq.write_table(table, tmp_path / "f.parquet")
     start = time.perf_counter()
     features = open_features(tmp_path / "f.parquet", max_bad_fraction=.1)

@@ -25,7 +25,7 @@ def _check_codes(codes):
         raise ShapeMismatchError(f"Codes are a 2-D array (N, L) with L >= 1, got shape {codes.shape}.")
     if not np.issubdtype(codes.dtype, np.integer):
         raise DataError(f"Codes are integers, got {codes.dtype}: use codes.astype('int32').")
-    if (low := codes.min()) < 0: raise DataError(f"Codes are indexes from 0, but the least one here is {low}.")
+    if (low := codes.min()) < 0: raise DataError(f"Codes are indexes from 0, but the least here is {low}.")
     return codes
 
 # %% ../../nbs/semantic_ids/00_formatting.ipynb #319a8afb
@@ -150,7 +150,7 @@ def ids_to_codes(
     n_levels: int | None = None,    # L; when given, what follows the first L codes is ignored
     parser: Callable[[str], Any] | None = None,  # one ID -> its codes, for IDs made by a `formatter`
 ) -> np.ndarray:                    # (N, L) int32
-    "The codes in each ID, all with as many levels as the first. Raises DataError that names the first bad ID."
+    "The codes in each ID, all with as many levels as the first. Raises DataError naming the first bad ID."
     ids = _strings(ids)
     if n_levels is not None and n_levels < 1: raise ConfigError(f"n_levels is at least 1, got {n_levels}.")
     if parser is not None: return _parse_rows(ids, parser, n_levels)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..clustering.kmeans import Codebooks, KMeans, assign, normalise_rows, quantise_rows
-from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError, atomic_path
+from ..clustering.kmeans import Codebooks, KMeans, as_matrix, assign, normalise_rows, quantise_rows
+from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
+from ..config import atomic_path
 from .formatting import codes_to_ids
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #da812ada
@@ -30,13 +31,14 @@ def _balanced_centroids(
     largest = float((X.astype(np.float64) ** 2).sum(1).max()) or 1.0
     scale = np.sqrt(2.0**30 / (4000 * largest))  # the largest squared distance times 1000 stays below 2³⁰
     size = len(X) // n_clusters
-    model = KMeansConstrained(n_clusters, size_min=max(1, size - 1), size_max=size + 1, max_iter=max_iter, tol=tol,
-                              n_init=n_init, random_state=random_state, n_jobs=1)
+    bounds = dict(size_min=max(1, size - 1), size_max=size + 1)
+    model = KMeansConstrained(n_clusters, **bounds, max_iter=max_iter, tol=tol, n_init=n_init,
+                              random_state=random_state, n_jobs=1)
     return (model.fit(X.astype(np.float64) * scale).cluster_centers_ / scale).astype(np.float32)
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #a779b0ec
 class RQKMeans:
-    "Residual quantisation with k-means: `fit`, `encode` to (N, L) codes, `decode` back, `semantic_id` to strings."
+    "Residual quantisation with k-means: `fit`, `encode` to (N, L) codes, `decode`, `semantic_id`."
     def __init__(
         self,
         n_levels=4,               # L, numbers in a code
@@ -44,7 +46,7 @@ class RQKMeans:
         metric="l2",              # "l2", or "cosine": rows are scaled to length 1 first
         implementation="kmeans",  # "kmeans", or "constrained": clusters of equal size
         max_iter=100,             # Lloyd iterations a level, at most
-        tol=1e-4,                 # stop when the centroids' squared movement is below tol × the mean variance
+        tol=1e-4,                 # stop when the centroids moved less, squared, than tol × the mean variance
         random_state=None,        # seed; every level draws from a stream of its own
         verbose=False,            # show progress
         n_init=None,              # starts a level; one if None
@@ -76,9 +78,9 @@ class RQKMeans:
         device="cpu",   # where assignments are screened: "cpu", "cuda", "mps", "auto"
     ) -> "RQKMeans":
         "Learn one codebook a level, each on what the levels before left."
-        residual = _rows_of(X, self.metric).copy()
-        if len(residual) < max(self.n_clusters):
-            raise ShapeMismatchError(f"n_samples={len(residual)} should be >= n_clusters={max(self.n_clusters)}: "
+        residual, largest = _rows_of(X, self.metric).copy(), max(self.n_clusters)
+        if len(residual) < largest:
+            raise ShapeMismatchError(f"n_samples={len(residual)} should be >= n_clusters={largest}: "
                                      "use fewer clusters or more samples.")
         codebooks = []
         for level in tqdm(range(self.n_levels), desc="RQ-KMeans fit", unit="level", disable=not self.verbose):
@@ -91,11 +93,10 @@ class RQKMeans:
     def _level(self, residual, level, device):
         K, n_init = self.n_clusters[level], self.n_init or 1
         rng = np.random.default_rng(None if self.random_state is None else [self.random_state, level])
-        shared = dict(backend=self.backend, device=device, n_threads=self.n_threads, verbose=self.verbose)
-        if self.implementation == "kmeans":
-            return KMeans(K, n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng, **shared).fit(residual)
+        model = KMeans(K, n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng,
+                       device=device, backend=self.backend, n_threads=self.n_threads, verbose=self.verbose)
+        if self.implementation == "kmeans": return model.fit(residual)
         seed = int(rng.integers(2**31 - 1))
-        model = KMeans(K, **shared)
         model.cluster_centers_ = _balanced_centroids(residual, K, self.max_iter, self.tol, n_init, seed)
         model.labels_ = model.predict(residual)
         return model
@@ -110,12 +111,14 @@ class RQKMeans:
         "Codes of the rows of X: per level, the nearest centroid to what the levels before left."
         books = self._books()
         if len(np.shape(X)) != 2 or not len(X): X = _rows_of(X, "l2")  # the error that says so
-        if np.shape(X)[1] != self.D_: raise ShapeMismatchError(f"Expected D={self.D_}, got D={np.shape(X)[1]}.")
+        if np.shape(X)[1] != self.D_:
+            raise ShapeMismatchError(f"Expected D={self.D_}, got D={np.shape(X)[1]}.")
         codes, step = np.empty((len(X), self.n_levels), np.int32), batch_size or 65536
         if step < 1: raise ConfigError("batch_size must be at least 1.")
         starts = range(0, len(X), step)
-        for i in tqdm(starts, desc="RQ-KMeans encode", unit="batch", disable=not self.verbose or len(starts) < 2):
-            rows = quantise_rows(_rows_of(X[i:i + step], self.metric), self.n_threads)
+        quiet = not self.verbose or len(starts) < 2
+        for i in tqdm(starts, desc="RQ-KMeans encode", unit="batch", disable=quiet):
+            rows = quantise_rows(_rows_of(X[i:i + step], self.metric), self.n_threads, "Input")
             assign(rows, books, self.backend, device, self.n_threads, codes[i:i + step])
         return codes
 
@@ -157,7 +160,7 @@ class RQKMeans:
         self,
         n_levels,      # how many of the levels to keep
     ) -> "RQKMeans":
-        "The model of the first levels, sharing their codebooks: what a fit with fewer levels would have given."
+        "The model of the first levels: what a fit with fewer levels would have given."
         self._fitted()
         if not 1 <= n_levels <= self.n_levels: raise ConfigError(f"n_levels must lie in 1..{self.n_levels}.")
         keys = "metric implementation max_iter tol random_state verbose n_init backend n_threads".split()
@@ -171,7 +174,7 @@ class RQKMeans:
     def _books(self) -> Codebooks:
         "The codebooks prepared for assignment, made once as long as they stay the same."
         self._fitted()
-        mark = [zlib.crc32(np.ascontiguousarray(c).view(np.uint8)) for c in self.codebooks_]
+        mark = [zlib.crc32(np.ascontiguousarray(c).data) for c in self.codebooks_]
         if getattr(self, "_prepared", (None,))[0] != mark: self._prepared = mark, Codebooks(self.codebooks_)
         self.D_ = self._prepared[1].dim
         return self._prepared[1]
@@ -180,7 +183,9 @@ class RQKMeans:
         "sha256 of the codebooks, as hex: two models with the same one give the same codes."
         self._fitted()
         digest = hashlib.sha256(self.metric.encode())
-        for c in self.codebooks_: digest.update(repr(c.shape).encode() + np.ascontiguousarray(c, "<f4").tobytes())
+        for c in self.codebooks_:
+            digest.update(repr(c.shape).encode())
+            digest.update(np.ascontiguousarray(c, "<f4").tobytes())
         return digest.hexdigest()
 
     def save(self, path):
@@ -203,20 +208,14 @@ class RQKMeans:
         model = cls(**{k: meta[k] for k in keys if k in meta})
         shapes = [c.shape for c in codebooks]
         if shapes != [(k, meta["D"]) for k in model.n_clusters]:
-            raise ModelFormatError(f"{path}: codebooks of shapes {shapes} do not fit its metadata; save it again.")
+            raise ModelFormatError(f"{path}: codebooks {shapes} don't fit its metadata; save it again.")
         model.codebooks_, model.D_ = codebooks, meta["D"]
         return model
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #1012fe41
 def _rows_of(X, metric) -> np.ndarray:
-    "X as float32 rows, of length 1 for cosine; finite, or one clear error."
-    try: X = np.asarray(X, dtype=np.float32)
-    except (TypeError, ValueError) as e: raise ShapeMismatchError(f"Expected 2-D input (N, D) of numbers: {e}.") from None
-    if X.ndim != 2: raise ShapeMismatchError(f"Expected 2-D input (N, D), got {X.ndim}-D with shape {X.shape}.")
-    if not X.size: raise ShapeMismatchError(f"Input must contain at least one sample (N > 0), got shape {X.shape}.")
-    if not np.isfinite(X.sum(dtype=np.float64)) and len(bad := np.flatnonzero(~np.isfinite(X).all(1))):
-        raise DataError(f"Input contains NaN or Inf values, first in row {bad[0]}: remove or mend such rows.")
-    return normalise_rows(X, "Input") if metric == "cosine" else X
+    "X as float32 rows, of length 1 for cosine."
+    return normalise_rows(X, "Input") if metric == "cosine" else as_matrix(X, "Input")
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #e3b0ed17
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
@@ -226,29 +225,31 @@ def _save(model, path):
     keys = "n_levels n_clusters metric implementation max_iter tol random_state n_init".split()
     seed = model.random_state if isinstance(model.random_state, int | np.integer) else None
     meta = {"type": "RQKMeans", **{k: getattr(model, k) for k in keys}, "random_state": seed and int(seed),
-            "D": int(model.codebooks_[0].shape[1]), "sha256": model.fingerprint(), "semid_version": __version__}
+            "D": model.codebooks_[0].shape[1], "sha256": model.fingerprint(), "semid_version": __version__}
     text = json.dumps(meta, indent=2)
     arrays = {f"codebook_{i}": np.ascontiguousarray(c, np.float32) for i, c in enumerate(model.codebooks_)}
     with atomic_path(path / "codebooks.npz") as tmp, open(tmp, "wb") as f:
-        np.savez(f, metadata=np.frombuffer(text.encode(), np.uint8), **arrays)
+        np.savez(f, metadata=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     with atomic_path(path / "metadata.json") as tmp: tmp.write_text(text + "\n")
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #b965835b
 def _load(path):
     "Metadata and codebooks of a model folder."
-    if path.suffix in _PICKLES: raise ModelFormatError(f"{path} is a pickle, which is never opened: save the model "
-                                                       "as a folder with metadata.json and codebooks.npz.")
+    if path.suffix in _PICKLES:
+        raise ModelFormatError(f"{path} is a pickle, which is never opened: save the model as a folder with "
+                               "metadata.json and codebooks.npz.")
     if not (path / "codebooks.npz").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no folder"
-        raise ModelFormatError(f"{path} is no RQKMeans model: codebooks.npz is missing (found: {found or 'nothing'}).")
+        raise ModelFormatError(f"{path} is no RQKMeans model: no codebooks.npz (found: {found or 'nothing'}).")
     try:
         with np.load(io.BytesIO((path / "codebooks.npz").read_bytes()), allow_pickle=False) as z:
             arrays = {name: z[name] for name in z.files}
         inside = arrays.pop("metadata", None)
         meta = json.loads(inside.tobytes() if inside is not None else (path / "metadata.json").read_text())
-        codebooks = [np.ascontiguousarray(arrays[f"codebook_{i}"], np.float32) for i in range(meta["n_levels"])]
+        levels = range(meta["n_levels"])
+        codebooks = [np.ascontiguousarray(arrays[f"codebook_{i}"], np.float32) for i in levels]
         meta["D"], meta["n_clusters"], meta["metric"]  # noqa: B018  (they must be there)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise ModelFormatError(f"{path} can't be read as an RQKMeans model ({e}): it is incomplete, corrupt or "
-                               "holds pickled objects; save the model again.") from None
+        raise ModelFormatError(f"{path} can't be read as an RQKMeans model ({e}): it is incomplete, corrupt "
+                               "or holds pickled objects; save the model again.") from None
     return meta, codebooks
