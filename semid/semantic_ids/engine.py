@@ -191,7 +191,8 @@ class SemanticIdEngine:
 
     def _write_meta(self, folder, store_type, store_config):
         meta = {"encoder_type": type(self.encoder).__name__, "store_type": store_type,
-                "store_config": store_config, "resolver_type": type(self.unique_resolver).__name__}
+                "store_config": store_config, "resolver_type": type(self.unique_resolver).__name__,
+                "suffix": getattr(self.unique_resolver, "suffix", "item")}
         with atomic_path(folder / "engine_meta.json") as temporary:
             temporary.write_text(json.dumps(meta, indent=2))
 
@@ -213,5 +214,6 @@ class SemanticIdEngine:
         if unique_resolver is None:
             if (kind := meta.get("resolver_type", "UniqueIdResolver")) != "UniqueIdResolver":
                 raise ConfigError(f"This engine had its own resolver, {kind!r}: give unique_resolver=...")
-            unique_resolver = UniqueIdResolver(_load_store(path, meta) if store is None else store)
+            if store is None: store = _load_store(path, meta)
+            unique_resolver = UniqueIdResolver(store, suffix=meta.get("suffix", "item"))
         return cls(encoder_class.load(str(path / "encoder"), **_given(device=device)), unique_resolver)

@@ -48,13 +48,14 @@ class _Slip(dict):
         return {key: value for key, value in self.items() if value != before[key]}
 
 # %% ../../nbs/semantic_ids/02_uniqueness.ipynb #e1505c07
-def _assign(keys, item_ids, counts, items, sep):
+def _assign(keys, item_ids, counts, items, sep, numbered=False):
     "The unique ID of each key, in order; `items[item_id]` is None for an item not seen before."
     if item_ids is None: return [_issue(key, None, counts, sep) for key in keys]
     unique_ids = []
     for key, item_id in zip(keys, item_ids):
         unique_id = items[item_id]
-        if unique_id is None: unique_id = items[item_id] = _issue(key, item_id, counts, sep)
+        if unique_id is None:
+            unique_id = items[item_id] = _issue(key, None if numbered else item_id, counts, sep)
         unique_ids.append(unique_id)
     return unique_ids
 
@@ -84,13 +85,15 @@ class CollisionStore(ABC):
         keys: list[str],                    # N semantic IDs
         sep: str = "-",                     # between the semantic ID and its suffix
         item_ids: list[str] | None = None,  # N item IDs
+        numbered: bool = False,             # suffixes are numbers, also where items are known
     ) -> list[str]:                         # N unique IDs
         "A unique ID for each key, one after the other."
         with self._memory[1]:
-            return [self._assign_one(key, sep, item_ids and item_ids[i]) for i, key in enumerate(keys)]
-    def _assign_one(self, key, sep, item_id):
+            known = item_ids or [None] * len(keys)
+            return [self._assign_one(*pair, sep, numbered) for pair in zip(keys, known)]
+    def _assign_one(self, key, item_id, sep, numbered):
         if item_id and (known := self.get_item(item_id)) is not None: return known
-        unique_id = self._claim(key, sep, item_id)
+        unique_id = self._claim(key, sep, None if numbered else item_id)
         if item_id: self.set_item(item_id, unique_id)
         return unique_id
     def _claim(self, key, sep, item_id):
@@ -117,11 +120,11 @@ class InMemoryCollisionStore(CollisionStore):
             return n
     def get_item(self, item_id): return self._items.get(item_id)
     def set_item(self, item_id, unique_id): self._items[item_id] = unique_id
-    def assign_batch(self, keys, sep="-", item_ids=None):
+    def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
         "A unique ID for each of `keys` (N strings): all are taken, or none."
         with self._lock:
             counts, items = _Slip(lambda key: self._counts.get(key, 0)), _Slip(self._items.get)
-            unique_ids = _assign(keys, item_ids, counts, items, sep)
+            unique_ids = _assign(keys, item_ids, counts, items, sep, numbered)
             self._counts.update(counts)
             self._items.update(items)
         return unique_ids
@@ -242,11 +245,11 @@ class SQLiteCollisionStore(CollisionStore):
     def set_item(self, item_id, unique_id):
         "Remember the unique ID of an item."
         with self._begin() as connection: _write_items(connection, {item_id: unique_id})
-    def assign_batch(self, keys, sep="-", item_ids=None):
+    def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
         "A unique ID for each of `keys` (N strings) in one transaction: all are taken, or none."
         with self._begin() as connection:
             counts, items = self._read(connection, keys, item_ids)
-            unique_ids = _assign(keys, item_ids, counts, items, sep)
+            unique_ids = _assign(keys, item_ids, counts, items, sep, numbered)
             _write_counts(connection, counts.changed())
             _write_items(connection, items.changed())
         return unique_ids
@@ -270,8 +273,8 @@ class SQLiteCollisionStore(CollisionStore):
             if path.samefile(self._file): return
             with _transaction(path, self.timeout): pass  # ends a crash's journal: it is the old file's
         with atomic_path(path) as temporary, _sqlite_errors(self._file):
-            with closing(_connect(temporary, 1)) as copy, closing(_connect(self._file, self.timeout)) as source:
-                source.backup(copy)
+            source, copy = _connect(self._file, self.timeout), _connect(temporary, self.timeout)
+            with closing(source), closing(copy): source.backup(copy)
 
 # %% ../../nbs/semantic_ids/02_uniqueness.ipynb #8dc0e8e3
 def _listed(values, name):
@@ -318,8 +321,11 @@ class UniqueIdResolver(BaseResolver):
     def __init__(
         self,
         store: Any = None,  # a CollisionStore or an object with `next_suffix`; in memory when None
+        suffix="item",      # where items are known: "item" appends the item's ID, "number" counts as without
     ):
-        self.store = InMemoryCollisionStore() if store is None else store
+        if suffix not in ("item", "number"):
+            raise ConfigError(f"Unknown suffix {suffix!r}: use item or number.")
+        self.store, self.suffix = InMemoryCollisionStore() if store is None else store, suffix
         if not hasattr(self.store, "next_suffix"): raise ConfigError(f"{store!r} has no next_suffix.")
         self._batches = self.store if hasattr(self.store, "assign_batch") else _Counting(self.store)
     def assign(
@@ -334,4 +340,5 @@ class UniqueIdResolver(BaseResolver):
         if not isinstance(sep, str): raise ConfigError(f"sep is a string, got {sep!r}.")
         keys = _check_semantic_ids(semantic_ids)
         items = None if item_ids is None else _check_item_ids(item_ids, len(keys))
-        return self._batches.assign_batch(keys, sep, items)
+        numbered = {"numbered": True} if self.suffix == "number" and items else {}
+        return self._batches.assign_batch(keys, sep, items, **numbered)

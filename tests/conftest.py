@@ -1,0 +1,32 @@
+"What several tests share."
+import subprocess, sys, tarfile
+
+import numpy as np
+import pytest
+
+SDIST = "semantic-id==0.2.5"
+
+
+@pytest.fixture(scope="session")
+def semantic_id_sdist(tmp_path_factory):
+    "The unpacked source distribution of the PyPI package semantic-id: its README and its tests."
+    folder = tmp_path_factory.mktemp("sdist")
+    options = "-q --no-deps --no-build-isolation --no-binary :all: --retries 1 --timeout 20".split()
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), SDIST]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired: pytest.skip(f"{SDIST} was not fetched within 3 minutes")
+    if done.returncode:
+        why = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["pip failed"])[-1]
+        pytest.skip(f"{SDIST} can't be fetched from a registry: {why}")
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive: archive.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def residual_codes(X, codebooks):
+    "Greedy residual codes by plain float64 distances."
+    rest, codes = np.asarray(X, np.float32).astype(np.float64), []
+    for book in codebooks:
+        book = book.astype(np.float64)
+        codes.append(np.array([((row - book) ** 2).sum(1).argmin() for row in rest]))
+        rest = rest - book[codes[-1]]
+    return np.stack(codes, axis=1)
