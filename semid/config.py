@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
-           'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'atomic_path']
+           'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'atomic_path', 'write_json']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
-import glob, os, random, re, tempfile, warnings
+import glob, json, os, random, re, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -156,3 +156,12 @@ def atomic_path(
         os.replace(temporary, path)
         if os.name == "posix": _fsync(path.parent)
     finally: temporary.unlink(missing_ok=True)
+
+# %% ../nbs/00_config.ipynb #afe9044d
+def write_json(
+    path,   # where
+    value,  # plain Python: dicts, lists, strings, numbers
+):
+    "Write `value` as JSON that people can read, whole or not at all."
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic_path(path) as temporary: temporary.write_text(text + "\n")

@@ -6,7 +6,7 @@
 __all__ = ['IDS_SCHEMA', 'read_ids', 'codes_of', 'write_manifest', 'encode_features']
 
 # %% ../../nbs/semantic_ids/06_encoding.ipynb #b83f30ed
-import hashlib, json
+import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import DataError, ShapeMismatchError, atomic_path
+from ..config import DataError, ShapeMismatchError, atomic_path, write_json
 from ..features import Fingerprint, open_features
 from .formatting import codes_to_ids
 from .uniqueness import UniqueIdResolver
@@ -61,8 +61,7 @@ def write_manifest(
     "Write manifest.json beside `path`, with the file's hash and semid's version."
     from semid import __version__
     manifest = {"file": Path(path).name, "sha256": _sha256(path), "semid_version": __version__, **about}
-    with atomic_path(Path(path).with_name("manifest.json")) as tmp:
-        tmp.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(Path(path).with_name("manifest.json"), manifest)
     return manifest
 
 # %% ../../nbs/semantic_ids/06_encoding.ipynb #d2af0a6f

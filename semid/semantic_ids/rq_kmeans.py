@@ -240,7 +240,7 @@ def _load(path):
                                "metadata.json and codebooks.npz.")
     if not (path / "codebooks.npz").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no folder"
-        raise ModelFormatError(f"{path} is no RQKMeans model: no codebooks.npz (found: {found or 'nothing'}).")
+        raise ModelFormatError(f"{path} is no RQKMeans model: no codebooks.npz, only {found or 'nothing'}.")
     try:
         with np.load(io.BytesIO((path / "codebooks.npz").read_bytes()), allow_pickle=False) as z:
             arrays = {name: z[name] for name in z.files}

@@ -89,7 +89,7 @@ class CollisionStore(ABC):
     ) -> list[str]:                         # N unique IDs
         "A unique ID for each key, one after the other."
         with self._memory[1]:
-            known = item_ids or [None] * len(keys)
+            known: list[Any] = item_ids or [None] * len(keys)
             return [self._assign_one(*pair, sep, numbered) for pair in zip(keys, known)]
     def _assign_one(self, key, item_id, sep, numbered):
         if item_id and (known := self.get_item(item_id)) is not None: return known

@@ -1,0 +1,174 @@
+"Notebooks run and are clean, stages read what they are given; rooms import only from rooms above them."
+import ast, configparser, json, re, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+import semid
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+STAGES = sorted((ROOT / "experiments").glob("*.ipynb"))
+BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
+
+# in this order: each may import from itself and from those before it
+ROOMS = """config features collection tracking training
+    quality ranking clustering semantic_ids serving models cli""".split()
+
+
+def name_of(path): return path.relative_to(ROOT).as_posix()
+def of(paths): return pytest.mark.parametrize("path", paths, ids=name_of)
+def cells_of(path): return json.loads(path.read_text())["cells"]
+def source_of(cell): return "".join(cell["source"])
+def is_parameters(cell): return "parameters" in cell["metadata"].get("tags", [])
+
+
+def tree_of(cell):
+    "The syntax tree of a code cell, without IPython's own lines."
+    return ast.parse(re.sub(r"^\s*[%!].*$", "", source_of(cell), flags=re.M))
+
+
+def names_in(cell, context):
+    return {n.id for n in ast.walk(tree_of(cell)) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
+
+
+RUN = """
+import sys, nbdev.test
+from pathlib import Path
+passed, seconds = nbdev.test.test_nb(Path(sys.argv[1]), sys.argv[3:], basepath=sys.argv[2])
+sys.exit(not passed)
+"""
+
+
+def run_notebook(path):
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    flags = settings["DEFAULT"]["tst_flags"].split()
+    command = [sys.executable, "-c", RUN, str(path), str(ROOT), *flags]
+    return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=600)
+
+
+def files():
+    passing = {"__pycache__", ".ipynb_checkpoints"}
+    return {path for path in (ROOT / "nbs").rglob("*") if not passing & {*path.parts}}
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    "The runs of the notebooks that were asked for, two at a time; and the files that were there before."
+    items = [item for item in request.session.items if item.originalname == "test_it_runs"]
+    asked = [item.callspec.params["path"] for item in items if item.path == request.path]
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(run_notebook, path) for path in asked}, files()
+
+
+@of(NOTEBOOKS)
+def test_it_runs(path, runs):
+    run = runs[0][path].result()
+    assert run.returncode == 0, run.stderr[-5000:]
+
+
+def test_runs_leave_no_files(runs):
+    for run in runs[0].values(): run.result()
+    assert files() - runs[1] == set()
+
+
+@of(NOTEBOOKS + STAGES + BENCHMARKS)
+def test_it_is_clean(path):
+    notebook = json.loads(path.read_text())
+    assert set(notebook["metadata"]) <= {"kernelspec"}
+    assert len(notebook["cells"]) <= 150
+    for cell in notebook["cells"]:
+        assert set(cell["metadata"]) <= {"tags"}
+        assert cell.get("execution_count") is None
+        for output in cell.get("outputs", []):
+            assert output.get("execution_count") is None and output.get("name") != "stderr"
+            shown = {k: v for k, v in output.get("data", {}).items() if k != "image/png"}
+            text = json.dumps([shown, output.get("text"), output.get("traceback")])
+            assert not re.search(r"(?<!\w)/(home|tmp|work|root)\b", text), text[:300]
+
+
+def commands():
+    "Of every stage in dvc.yaml: the notebook that papermill runs, and the names it is given."
+    if not (ROOT / "dvc.yaml").exists(): return
+    for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
+        command = stage.get("do", stage)["cmd"]
+        for line in [command] if isinstance(command, str) else command:
+            if "papermill" not in line: continue
+            notebook = next(word for word in line.split() if word.endswith(".ipynb"))
+            yield Path(notebook).name, re.findall(r"\s(?:-p|-r|--parameters|--parameters_raw)\s+(\w+)", line)
+
+
+def test_there_are_stages_and_they_are_used():
+    if not (ROOT / "dvc.yaml").exists(): pytest.skip("there is no dvc.yaml yet")
+    assert STAGES and {path.name for path in STAGES} == {name for name, _ in commands()}
+
+
+@of(STAGES)
+def test_a_stage_has_no_outputs_and_no_functions(path):
+    code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    assert not [source_of(cell) for cell in code if cell["outputs"]]
+    assert not [n.name for cell in code for n in ast.walk(tree_of(cell)) if isinstance(n, definitions)]
+
+
+@of(STAGES)
+def test_a_stage_is_given_only_what_it_reads(path):
+    code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
+    assert sum(map(is_parameters, cells_of(path))) == sum(map(is_parameters, code)) == 1
+    at = next(i for i, cell in enumerate(code) if is_parameters(cell))
+    coordinates = names_in(code[at], ast.Store)
+    read_later = set().union(*(names_in(cell, ast.Load) for cell in code[at + 1:]))
+    given = {name for notebook, names in commands() if notebook == path.name for name in names}
+    assert given <= coordinates & read_later
+    assert not coordinates & set(yaml.safe_load((ROOT / "params.yaml").read_text()))
+
+
+def room_of(module): return (module.split(".") + [""])[1]
+
+
+def imports(file):
+    "The modules of semid that a module imports, also inside functions."
+    package = ["semid", *file.relative_to(ROOT / "semid").parent.parts]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import): found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            found = [module]
+            if module == "semid":
+                found = [semid._MODULE_OF.get(alias.name, f"semid.{alias.name}") for alias in node.names]
+        else: continue
+        yield from (name for name in found if name.partition(".")[0] == "semid")
+
+
+def test_rooms_import_from_rooms_above_them():
+    below = []
+    for file in sorted((ROOT / "semid").rglob("*.py")):
+        own = room_of(f"semid.{'.'.join(file.relative_to(ROOT / 'semid').with_suffix('').parts)}")
+        if own in ("__init__", "_modidx"): continue
+        for name in imports(file):
+            if name == "semid.__version__": continue
+            if ROOMS.index(room_of(name)) > ROOMS.index(own): below.append(f"{file.name} imports {name}")
+    assert not below
+
+
+def loaded_by(statement, heavy):
+    code = f"{statement}\nimport sys\nprint(*set(sys.modules) & {set(heavy.split())!r})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def test_import_semid_is_light():
+    assert not loaded_by("import semid", "torch ray mlflow numba numpy pandas sklearn matplotlib pyarrow")
+
+
+def test_the_command_line_is_light():
+    if not (ROOT / "semid" / "cli.py").exists(): pytest.skip("semid/cli.py is not there yet")
+    assert not loaded_by("import semid.cli", "torch ray mlflow pandas sklearn matplotlib numba")
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(semid, name) is not None for name in semid.__all__)
