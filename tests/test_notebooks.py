@@ -91,12 +91,12 @@ def test_it_is_clean(path):
 
 
 def commands():
-    "Of every stage in dvc.yaml: the notebook that papermill runs, and the names it is given."
+    "Of every stage in dvc.yaml: the notebook it runs, and the names that are given to it."
     if not (ROOT / "dvc.yaml").exists(): return
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
         command = stage.get("do", stage)["cmd"]
         for line in [command] if isinstance(command, str) else command:
-            if "papermill" not in line: continue
+            if ".ipynb" not in line: continue
             notebook = next(word for word in line.split() if word.endswith(".ipynb"))
             yield Path(notebook).name, re.findall(r"\s(?:-p|-r|--parameters|--parameters_raw)\s+(\w+)", line)
 
