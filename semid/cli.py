@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .config import ConfigError, SemidError, atomic_path, write_json
+from .config import ConfigError, SemidError, atomic_path, save_figure, write_json
 
 # %% ../nbs/cli.ipynb #ceb1d205
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -193,9 +193,9 @@ def sweep(
         rows += _point(output / "points" / f"{name}-K{K}.json", made_from, compute)
     table = pd.DataFrame(rows)
     with atomic_path(output / "sweep.csv") as tmp: table.to_csv(tmp, index=False)
-    plots.save_figure(plots.plot_collisions(rows), output / "collisions.png")
-    plots.save_figure(plots.plot_mse_bits(rows), output / "mse_bits.png")
-    plots.save_figure(plots.plot_sweep_heatmap(rows), output / "heatmap.png")
+    save_figure(plots.plot_collisions(rows), output / "collisions.png")
+    save_figure(plots.plot_mse_bits(rows), output / "mse_bits.png")
+    save_figure(plots.plot_sweep_heatmap(rows), output / "heatmap.png")
     shown = ["implementation", "n_clusters", "n_levels", "bits", "collision_rate", "relative_mse"]
     if f"recall_at_{k}" in table: shown.append(f"recall_at_{k}")
     typer.echo(table[shown].to_string(index=False, float_format="%.4f"))

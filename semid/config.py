@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
-           'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'atomic_path', 'write_json']
+           'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'atomic_path', 'write_json',
+           'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
 import glob, json, os, random, re, tempfile, warnings
@@ -165,3 +166,13 @@ def write_json(
     "Write `value` as JSON that people can read, whole or not at all."
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_path(path) as temporary: temporary.write_text(text + "\n")
+
+# %% ../nbs/00_config.ipynb #a1b55889
+def save_figure(
+    figure,   # a matplotlib figure
+    path,     # where the PNG shall be
+    dpi=150,  # dots per inch
+):
+    "Write `figure` as a PNG: equal figures give equal bytes."
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})

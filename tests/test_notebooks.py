@@ -129,15 +129,23 @@ def test_a_stage_is_given_only_what_it_reads(path):
 def room_of(module): return (module.split(".") + [""])[1]
 
 
+def file_of(module): return ROOT / f"{module.replace('.', '/')}.py"
+
+
 def imports(file):
     "The modules of semid that a module imports, also inside functions."
     package = ["semid", *file.relative_to(ROOT / "semid").parent.parts]
-    for node in ast.walk(ast.parse(file.read_text())):
+    yield from imported(ast.parse(file.read_text()), package)
+
+
+def imported(tree, package=()):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import): found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[:len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
-            found = [module]
+            found = [module, *(f"{module}.{alias.name}" for alias in node.names
+                               if file_of(f"{module}.{alias.name}").exists())]
             if module == "semid":
                 found = [semid._MODULE_OF.get(alias.name, f"semid.{alias.name}") for alias in node.names]
         else: continue
@@ -153,6 +161,27 @@ def test_rooms_import_from_rooms_above_them():
             if name == "semid.__version__": continue
             if ROOMS.index(room_of(name)) > ROOMS.index(own): below.append(f"{file.name} imports {name}")
     assert not below
+
+
+def needed(modules):
+    "The files of these modules of semid and of all that they import."
+    found, waiting = set(), list(modules)
+    while waiting:
+        file = file_of(waiting.pop())
+        if not file.exists() or file in found: continue
+        found.add(file)
+        waiting += imports(file)
+    return {name_of(file) for file in found}
+
+
+@of(STAGES)
+def test_a_stage_depends_on_the_code_that_it_runs(path):
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    deps = next(stage["deps"] for stage in stages if name_of(path) in stage["cmd"])
+    code = [tree_of(cell) for cell in cells_of(path) if cell["cell_type"] == "code"]
+    modules = needed(name for tree in code for name in imported(tree))
+    assert modules - {"semid/tracking.py"} == {dep for dep in deps if dep.startswith("semid/")}
+    assert name_of(path) in deps
 
 
 def loaded_by(statement, heavy):

@@ -508,6 +508,12 @@ def _fill_empty(X, labels, counts, centroids):
         labels[i], counts[k] = k, 1
 
 # %% ../../nbs/clustering/00_kmeans.ipynb #0785bb64
+def _near_one(X):
+    "X times a power of two that brings very large or very small values near 1, and the power's exponent."
+    power = int(np.frexp(float(max(X.max(), -X.min())))[1])
+    return (X, 0) if abs(power) <= 40 else (np.ldexp(X, -power), power)
+
+# %% ../../nbs/clustering/00_kmeans.ipynb #163589a6
 class KMeans:
     "Lloyd's k-means with exact assignments; the same centroids for any number of threads."
     def __init__(
@@ -540,14 +546,15 @@ class KMeans:
         if len(X) < self.n_clusters:
             raise ShapeMismatchError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}: "
                                      "use fewer clusters or more samples.")
+        X, power = _near_one(X)
         rows, rng = quantise_rows(X, self.n_threads), np.random.default_rng(self.random_state)
         limit = self.tol * float(X.var(0, dtype=np.float64).mean())
-        runs = [self._lloyd(rows, self._start(rows, rng), limit) for _ in range(self.n_init)]
-        best = min(range(len(runs)), key=lambda i: runs[i][2])
-        self.cluster_centers_, self.labels_, self.inertia_, self.n_iter_ = runs[best]
+        runs = [self._lloyd(rows, self._start(rows, rng, power), limit) for _ in range(self.n_init)]
+        centroids, self.labels_, inertia, self.n_iter_ = min(runs, key=lambda run: run[2])
+        self.cluster_centers_, self.inertia_ = np.ldexp(centroids, power), float(np.ldexp(inertia, 2 * power))
         return self
 
-    def _start(self, rows, rng):
+    def _start(self, rows, rng, power=0):
         if isinstance(self.init, str):
             if self.init not in ("k-means++", "random"):
                 raise ConfigError(f"Unknown init {self.init!r}: use k-means++, random or an array.")
@@ -557,7 +564,7 @@ class KMeans:
             pick = np.sort(rng.choice(len(rows), few, replace=False)) if few < len(rows) else slice(None)
             return rows.values[pick][kmeans_plus_plus(
                 rows[pick], self.n_clusters, rng, n_threads=self.n_threads, progress=self.verbose)]
-        start = as_matrix(self.init, "init", rows.values.shape[1])
+        start = np.ldexp(as_matrix(self.init, "init", rows.values.shape[1]), -power)
         if len(start) != self.n_clusters:
             raise ShapeMismatchError(f"init has {len(start)} centroids, n_clusters is {self.n_clusters}.")
         return start

@@ -110,9 +110,8 @@ class RQKMeans:
     ) -> np.ndarray:      # (N, L) int32
         "Codes of the rows of X: per level, the nearest centroid to what the levels before left."
         books = self._books()
-        if len(np.shape(X)) != 2 or not len(X): X = _rows_of(X, "l2")  # the error that says so
-        if np.shape(X)[1] != self.D_:
-            raise ShapeMismatchError(f"Expected D={self.D_}, got D={np.shape(X)[1]}.")
+        if not (isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == self.D_ and len(X)):
+            X = as_matrix(X, "Input", self.D_)
         codes, step = np.empty((len(X), self.n_levels), np.int32), batch_size or 65536
         if step < 1: raise ConfigError("batch_size must be at least 1.")
         starts = range(0, len(X), step)
@@ -205,7 +204,9 @@ class RQKMeans:
         if meta.get("type") != "RQKMeans":
             raise ModelFormatError(f"Invalid model type: {meta.get('type')} in {path}; expected RQKMeans.")
         keys = "n_levels n_clusters metric implementation max_iter tol random_state n_init".split()
-        model = cls(**{k: meta[k] for k in keys if k in meta})
+        try: model = cls(**{k: meta[k] for k in keys if k in meta})
+        except (TypeError, ValueError) as e:
+            raise ModelFormatError(f"{path}: its metadata are wrong ({e}).") from None
         shapes = [c.shape for c in codebooks]
         if shapes != [(k, meta["D"]) for k in model.n_clusters]:
             raise ModelFormatError(f"{path}: codebooks {shapes} don't fit its metadata; save it again.")
@@ -249,6 +250,7 @@ def _load(path):
         levels = range(meta["n_levels"])
         codebooks = [np.ascontiguousarray(arrays[f"codebook_{i}"], np.float32) for i in levels]
         meta["D"], meta["n_clusters"], meta["metric"]  # noqa: B018  (they must be there)
+        if not all(np.isfinite(c).all() for c in codebooks): raise ValueError("centroids that are NaN or Inf")
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise ModelFormatError(f"{path} can't be read as an RQKMeans model ({e}): it is incomplete, corrupt "
                                "or holds pickled objects; save the model again.") from None
