@@ -1,0 +1,166 @@
+"The command line: one sentence for what can't be done, nothing half-written, and a kill that loses nothing."
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from semid import RQKMeans, SQLiteCollisionStore, write_features
+from semid.semantic_ids.encoding import read_ids
+
+SEMID = [str(Path(sys.executable).with_name("semid"))]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A model, and 60,000 vectors of which many share a code."
+    folder = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60_000, 8)).astype(np.float32)
+    write_features(folder / "vectors.parquet", np.array([f"item-{i}" for i in range(len(X))]), X)
+    RQKMeans(3, 24, random_state=0, max_iter=5).fit(X[:5000]).save(folder / "model")
+    return folder
+
+
+def semid(*words, cwd):
+    return subprocess.run([*SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def table(path, ids, feature, kind=None):
+    pq.write_table(pa.table({"id": ids, "feature": pa.array(feature, kind or pa.list_(pa.float32()))}), path)
+
+
+ROWS = [[1.0, 2.0, 3.0, 4.0]] * 6
+
+
+def nan(folder): table(folder / "in.parquet", list("abcdef"), [*ROWS[:5], [1.0, float("nan"), 3.0, 4.0]])
+def wrong_dimension(folder): table(folder / "in.parquet", list("abcdef"), [*ROWS[:5], [1.0]])
+def empty(folder): table(folder / "in.parquet", pa.array([], pa.string()), [])
+def twice(folder): table(folder / "in.parquet", list("abcdea"), ROWS)
+def few(folder): table(folder / "in.parquet", list("abcdef"), ROWS)
+
+
+def truncated(folder):
+    few(folder)
+    whole = (folder / "in.parquet").read_bytes()
+    (folder / "in.parquet").write_bytes(whole[:-20])
+
+
+def no_file(folder): pass
+
+
+def check_refused(run, word, folder, before):
+    assert run.returncode == 1, run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("semid: ") and word in lines[0], run.stderr
+    assert {p.name for p in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("make, word", [
+    (nan, "NaN"), (wrong_dimension, "dimension"), (empty, "at least one sample"), (twice, "duplicate"),
+    (truncated, "unreadable"), (no_file, "in.parquet"), (few, "n_samples=6 should be >= n_clusters=8")])
+def test_fit_refuses(make, word, tmp_path):
+    make(tmp_path)
+    before = {p.name for p in tmp_path.rglob("*")}
+    run = semid("fit", "in.parquet", "-o", "model", "--clusters", 8, "--levels", 2, "-q", cwd=tmp_path)
+    check_refused(run, word, tmp_path, before)
+
+
+def other_vectors(folder): return folder / "model"
+
+
+def cut_model(folder):
+    path = folder / "model" / "codebooks.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    return folder / "model"
+
+
+def pickled(folder):
+    (folder / "model.pkl").write_bytes(pickle.dumps({"codebooks": 1}))
+    return folder / "model.pkl"
+
+
+def no_model(folder): return folder / "nothing"
+
+
+@pytest.mark.parametrize("make, word", [
+    (other_vectors, "Expected D=8, got D=4"), (cut_model, "can't be read"), (pickled, "never opened"),
+    (no_model, "codebooks.npz")])
+def test_encode_refuses(make, word, made, tmp_path):
+    few(tmp_path)
+    RQKMeans.load(made / "model").save(tmp_path / "model")
+    model = make(tmp_path)
+    before = {p.name for p in tmp_path.rglob("*")}
+    run = semid("encode", model, "in.parquet", "-o", "ids.parquet", "--device", "cpu", "-q", cwd=tmp_path)
+    check_refused(run, word, tmp_path, before)
+
+
+def test_bad_rows_are_set_aside_where_that_is_allowed(tmp_path):
+    nan(tmp_path)
+    run = semid("fit", "in.parquet", "-o", "model", "--clusters", 2, "--levels", 1, "-q",
+                "--max-bad-fraction", 0.5, "--quarantine", "bad.parquet", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert pq.read_table(tmp_path / "bad.parquet").to_pylist()[0]["id"] == "f"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, tmp_path_factory):
+    "An encode that nobody killed: its folder and its words."
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = ["encode", str(made / "model"), str(made / "vectors.parquet"), "--batch-size", "1000",
+             "--device", "cpu", "-q", "--store", "ids.db", "-o", "ids.parquet"]
+    assert semid(*words, cwd=folder).returncode == 0
+    return folder, words
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
+@pytest.mark.parametrize("seen", [1, 30_000])
+def test_a_killed_encode_run_again_loses_and_doubles_nothing(seen, made, undisturbed, tmp_path):
+    whole, words = undisturbed
+    running = subprocess.Popen([*SEMID, *words], cwd=tmp_path)
+    store = tmp_path / "ids.db"
+    deadline = time.monotonic() + 120
+    while running.poll() is None and time.monotonic() < deadline:
+        if store.exists() and issued(store) >= seen: break
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "ids.parquet").exists()
+
+    assert semid(*words, cwd=tmp_path).returncode == 0
+    again = read_ids(tmp_path / "ids.parquet")
+    assert again.equals(read_ids(whole / "ids.parquet"))
+    unique = again["unique_id"].to_pylist()
+    assert len(set(unique)) == len(unique) == 60_000
+    assert (tmp_path / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def issued(path):
+    try: return len(SQLiteCollisionStore(str(path)))
+    except Exception: return 0  # being made
+
+
+def test_a_sweep_that_was_stopped_goes_on(made, tmp_path):
+    words = ["sweep", str(made / "vectors.parquet"), "-o", "out", "--levels", 2, "--clusters", "4,8", "-q",
+             "--max-iter", 3]
+    assert semid(*words, cwd=tmp_path).returncode == 0
+    points = sorted((tmp_path / "out" / "points").iterdir())
+    before = {p: p.stat().st_mtime_ns for p in points}
+    points[0].unlink()
+    table = (tmp_path / "out" / "sweep.csv").read_bytes()
+    assert semid(*words, cwd=tmp_path).returncode == 0
+    assert points[0].exists() and points[1].stat().st_mtime_ns == before[points[1]]
+    assert (tmp_path / "out" / "sweep.csv").read_bytes() == table
+
+
+def test_help_is_complete():
+    for command in ("fit", "encode", "evaluate", "sweep"):
+        run = semid(command, "--help", cwd=Path.cwd())
+        assert run.returncode == 0 and "--device" in run.stdout
