@@ -112,7 +112,9 @@ def encode(
     source = _open(features, id_column, feature_column, max_bad_fraction, quarantine, fitted.metric)
     memory = SQLiteCollisionStore(str(store)) if store else None
     manifest = encode_features(fitted, source, output, memory, device, batch_size, sep, fmt.value, not quiet)
-    typer.echo(f"{output}: {manifest['n_items']:,} unique IDs, {manifest['n_suffixed']:,} with a suffix")
+    n, suffixed, kept = (manifest[name] for name in ("n_items", "n_suffixed", "n_kept"))
+    typer.echo(f"{output}: {n:,} unique IDs, {suffixed:,} with a suffix"
+               + (f"; {kept:,} keep the ID that another model gave them" if kept else ""))
 
 # %% ../nbs/cli.ipynb #6174ba3b
 @app.command()

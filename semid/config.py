@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
-           'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'atomic_path', 'write_json',
-           'save_figure']
+           'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'default_threads', 'flush_to_disk',
+           'atomic_path', 'write_json', 'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
 import glob, json, os, random, re, tempfile, warnings
@@ -119,8 +119,16 @@ def device(
     warnings.warn(f"Device {name!r} is not available here: running on the CPU instead.", stacklevel=2)
     return "cpu"
 
+# %% ../nbs/00_config.ipynb #c2858426
+def default_threads() -> int:
+    "Threads to use when nobody says: OMP_NUM_THREADS, else the cores this process may run on."
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0: return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 # %% ../nbs/00_config.ipynb #6623c5e1
-def _fsync(path):
+def flush_to_disk(path):
+    "Wait until a file or folder is on the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -153,9 +161,9 @@ def atomic_path(
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        _fsync(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
-        if os.name == "posix": _fsync(path.parent)
+        if os.name == "posix": flush_to_disk(path.parent)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_config.ipynb #afe9044d

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .config import ConfigError, DataError, ShapeMismatchError, _fsync, atomic_path, root
+from .config import ConfigError, DataError, ShapeMismatchError, flush_to_disk, atomic_path, root
 
 # %% ../nbs/01_features.ipynb #714e5624
 def _is_id(
@@ -227,7 +227,7 @@ def _write_shards(path, ids, X, rows, names):
         except BaseException:
             if old.exists(): old.rename(path)
             raise
-    if os.name == "posix": _fsync(path.parent)
+    if os.name == "posix": flush_to_disk(path.parent)
     return path
 
 # %% ../nbs/01_features.ipynb #bc126379

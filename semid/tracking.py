@@ -6,7 +6,7 @@
 __all__ = ['tracking_uri', 'environment', 'flatten', 'Run', 'pipeline_name', 'start_run']
 
 # %% ../nbs/03_tracking.ipynb #d92cdf45
-import atexit, hashlib, json, logging, os, platform, subprocess, sys, time
+import atexit, hashlib, json, logging, math, numbers, os, platform, re, subprocess, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,25 @@ def flatten(
     return flat
 
 # %% ../nbs/03_tracking.ipynb #36adfe32
+def _metric_name(name) -> str:
+    "The name with what MLflow does not take replaced."
+    return re.sub(r"[^\w\-. /:]", "_", name.replace("@", "_at_"))
+
+def _children(client, parent_id):
+    "The latest run of every stage of a pipeline."
+    experiment = client.get_run(parent_id).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent_id}'", max_results=5000,
+                              order_by=["attributes.start_time ASC"])
+    return {run.data.tags.get("semid.stage"): run for run in runs}
+
+def _close_parent(client, parent_id):
+    "The parent is failed if the latest run of any stage is, running while one is, else finished."
+    states = {run.info.status for run in _children(client, parent_id).values()}
+    state = next((s for s in ("FAILED", "RUNNING") if s in states), "FINISHED")
+    if state == "RUNNING": client.update_run(parent_id, status=state)
+    else: client.set_terminated(parent_id, state)
+
+# %% ../nbs/03_tracking.ipynb #ce11427a
 class Run:
     "An open MLflow run: `log` numbers, `artifact` files, `finish`."
     def __init__(self, client, run_id, parent_id, uri):
@@ -79,9 +98,10 @@ class Run:
     ):
         "Log numbers in batches."
         from mlflow.entities import Metric
-        now, numbers = int(time.time() * 1000), flatten(metrics)
-        batch = [Metric(k.replace("@", "_at_"), float(v), now, step) for k, v in numbers.items()
-                 if isinstance(v, int | float) and abs(v) < float("inf")]
+        now = int(time.time() * 1000)
+        given = flatten(metrics).items()
+        batch = [Metric(_metric_name(name), float(value), now, step) for name, value in given
+                 if isinstance(value, numbers.Real) and math.isfinite(value)]
         for i in range(0, len(batch), 1000): self.client.log_batch(self.run_id, metrics=batch[i:i + 1000])
 
     def artifact(self, *paths):
@@ -95,7 +115,8 @@ class Run:
         self._open = False
         atexit.unregister(self.finish)
         self.log({"seconds": time.perf_counter() - self._start})
-        for run_id in filter(None, (self.run_id, self.parent_id)): self.client.set_terminated(run_id, status)
+        self.client.set_terminated(self.run_id, status)
+        _close_parent(self.client, self.parent_id)
 
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.finish("FAILED" if kind else "FINISHED")
@@ -130,12 +151,15 @@ def start_run(
     name = pipeline or pipeline_name()
     if "'" in name or "`" in name: raise ConfigError(f"A pipeline's name can't hold quotes: {name!r}.")
     parent = _parent(client, group, name)
-    run = client.create_run(group, run_name=stage, tags={"mlflow.parentRunId": parent})
     about = environment()
-    labels = {"semid.stage": stage, "semid.pipeline": name, "mlflow.source.name": Path(sys.argv[0]).name,
+    labels = {"semid.stage": stage, "semid.pipeline": name, "mlflow.source.name": stage,
               "mlflow.source.git.commit": about["git_commit"], **about, **(tags or {})}
-    as_text = lambda v: v if isinstance(v, str) else json.dumps(v)
+    as_text = lambda v: v if isinstance(v, str) else json.dumps(v, default=str)
     settings = [Param(k, as_text(v)) for k, v in flatten(params or {}).items()]
+    if (left := _children(client, parent).get(stage)) and left.info.status == "RUNNING":
+        client.set_terminated(left.info.run_id, "KILLED")
+    run = client.create_run(group, run_name=stage, tags={"mlflow.parentRunId": parent, "semid.stage": stage})
+    client.update_run(parent, status="RUNNING")
     for i in range(0, len(settings), 100): client.log_batch(run.info.run_id, params=settings[i:i + 100])
     client.log_batch(run.info.run_id, tags=[RunTag(k, str(v)) for k, v in labels.items()])
     return Run(client, run.info.run_id, parent, uri)

@@ -1,5 +1,6 @@
 "Codes are what float64 says, however they are computed; bad input and broken folders are refused."
-import json, os
+import json, multiprocessing, os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from conftest import residual_codes
 from hypothesis import assume, given, settings, strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from semid import KMeans, RQKMeans
-from semid.clustering.kmeans import Codebooks, _assign_on_device, _Sums, assign, nearest, quantise_rows
+from semid.clustering.kmeans import _Sums
+from semid.clustering.nearest import Codebooks, _assign_on_device, assign, nearest, quantise_rows
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +53,8 @@ def every_way(model, X):
             for batch_size in (1, 1000, len(X)):
                 if batch_size > 1 or len(X) < 100: yield model.encode(X, batch_size=batch_size)
     codes = np.full((len(X), model.n_levels), -1, np.int32)
-    _assign_on_device(quantise_rows(X), Codebooks(model.codebooks_), "cpu", codes, block=37)
+    books = Codebooks(model.codebooks_)
+    _assign_on_device(quantise_rows(X, shift=books.shift), books, "cpu", codes, block=37)
     yield codes
 
 
@@ -399,3 +402,33 @@ def test_no_damage_is_loaded_as_another_model(folder, noise, at):
 def test_assign_wants_the_dimension_of_its_codebooks():
     with pytest.raises(ShapeMismatchError, match="D=6, got D=4"):
         assign(quantise_rows(X[:, :4]), Codebooks([X[:8]]))
+
+
+def encode_in_child(model, X, codes):
+    codes[:] = model.encode(np.frombuffer(X, np.float32).reshape(-1, 8)).ravel().tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_has_threads_of_its_own():
+    X = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)
+    model = RQKMeans(2, 8, random_state=0, max_iter=3, n_threads=2, backend="numpy").fit(X)
+    expected = model.encode(X)
+    fork = multiprocessing.get_context("fork")
+    codes = fork.Array("i", expected.size)
+    child = fork.Process(target=encode_in_child, args=(model, X.tobytes(), codes))
+    child.start()
+    child.join(60)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive and child.exitcode == 0
+    assert np.array_equal(np.array(codes[:]).reshape(expected.shape), expected)
+
+
+def test_encoding_from_many_threads_gives_blas_its_threads_back():
+    X = np.random.default_rng(0).normal(size=(20_000, 8)).astype(np.float32)
+    model = RQKMeans(2, 16, random_state=0, max_iter=3, n_threads=2, backend="numpy").fit(X)
+    blas = ThreadpoolController().select(user_api="blas")
+    before, expected = [lib.num_threads for lib in blas.lib_controllers], model.encode(X)
+    with ThreadPoolExecutor(4) as pool: codes = list(pool.map(model.encode, [X] * 12))
+    assert all(np.array_equal(c, expected) for c in codes)
+    assert [lib.num_threads for lib in blas.lib_controllers] == before

@@ -80,7 +80,7 @@ def encode_features(
     "Stream features through a model into a file of unique semantic IDs."
     if not hasattr(features, "batches"): features = open_features(features)
     resolver, fingerprint = UniqueIdResolver(store, suffix="number"), Fingerprint()
-    n, n_suffixed = 0, 0
+    n, n_suffixed, n_kept = 0, 0, 0
     with atomic_path(output) as tmp:
         with ExitStack() as stack:
             writer = stack.enter_context(pq.ParquetWriter(tmp, IDS_SCHEMA, compression="zstd"))
@@ -91,9 +91,12 @@ def encode_features(
                 writer.write_table(_table(ids, codes, semantic, unique))
                 fingerprint.update(ids, X)
                 n += len(ids)
-                n_suffixed += sum(a != b for a, b in zip(semantic, unique, strict=True))
+                pairs = [(a, b) for a, b in zip(semantic, unique, strict=True) if a != b]
+                n_kept += sum(not b.startswith(a + sep) for a, b in pairs)
+                n_suffixed += len(pairs)
     return write_manifest(
-        output, n_items=n, n_suffixed=n_suffixed, n_quarantined=features.report.rows - features.report.kept,
+        output, n_items=n, n_suffixed=n_suffixed - n_kept, n_kept=n_kept,
+        n_quarantined=features.report.rows - features.report.kept,
         model={"type": type(model).__name__, "sha256": model.fingerprint(), "n_levels": model.n_levels,
                "n_clusters": model.n_clusters, "metric": model.metric},
         data_sha256=fingerprint.hexdigest(), format={"sep": sep, "fmt": fmt}, parameters=parameters or {})

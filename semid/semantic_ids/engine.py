@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ConfigError, DataError, ModelFormatError, _fsync, atomic_path
+from ..config import ConfigError, DataError, ModelFormatError, flush_to_disk, atomic_path
 from .formatting import codes_to_ids
 from .uniqueness import (
     InMemoryCollisionStore, SQLiteCollisionStore, UniqueIdResolver, _check_item_ids)
@@ -101,11 +101,11 @@ def _new_folder(path):
         new.mkdir()
         yield new
         for folder, _, files in os.walk(new):
-            for name in files: _fsync(Path(folder) / name)
+            for name in files: flush_to_disk(Path(folder) / name)
         shutil.rmtree(_previous(path), ignore_errors=True)
         if path.exists(): os.rename(path, _previous(path))
         os.rename(new, path)
-        if os.name == "posix": _fsync(path.parent)
+        if os.name == "posix": flush_to_disk(path.parent)
         shutil.rmtree(_previous(path), ignore_errors=True)
     finally: shutil.rmtree(new.parent, ignore_errors=True)
 

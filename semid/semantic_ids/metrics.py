@@ -9,7 +9,7 @@ __all__ = ['evaluate_quality', 'hierarchical_distance', 'find_similar', 'collisi
            'ndcg_at_k', 'distance_correlation', 'relative_mse', 'evaluate']
 
 # %% ../../nbs/semantic_ids/04_metrics.ipynb #f9347780
-import operator, os
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ..config import ConfigError, DataError, ShapeMismatchError
+from ..config import ConfigError, DataError, ShapeMismatchError, default_threads
 
 # %% ../../nbs/semantic_ids/04_metrics.ipynb #a91bf4be
 def _as_codes(codes):
@@ -271,7 +271,7 @@ def _search(x, queries, k):
         return _graded(x, query, _candidates(products, norms, query, k, unit, tiny), k)
     found: list = []
     block = max(32, 2**24 // len(x))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, default_threads())) as pool:
         for rows in np.split(queries, range(block, len(queries), block)):
             found += pool.map(relevant, rows, moved[rows] @ moved.T)
     return found

@@ -6,13 +6,14 @@
 __all__ = ['RQKMeans']
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #b4c86438
-import hashlib, io, json, zipfile, zlib
+import hashlib, io, json, operator, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..clustering.kmeans import Codebooks, KMeans, as_matrix, assign, normalise_rows, quantise_rows
+from ..clustering.kmeans import KMeans, normalise_rows
+from ..clustering.nearest import Codebooks, as_matrix, assign, check_finite, quantise_rows
 from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
 from .formatting import codes_to_ids
@@ -53,16 +54,21 @@ class RQKMeans:
         backend="auto",           # "numpy", "torch", or what is faster here: the codes are the same
         n_threads=None,           # threads to use; all by default: the codes are the same
     ):
-        each = [n_clusters] * n_levels if isinstance(n_clusters, int | np.integer) else [*n_clusters]
+        n_levels = operator.index(n_levels)
+        each = [*n_clusters] if np.iterable(n_clusters) else [n_clusters] * n_levels
+        each = [operator.index(k) for k in each]
         if len(each) != n_levels:
             raise ShapeMismatchError(f"len(n_clusters) {len(each)} must match n_levels {n_levels}.")
         if n_levels < 1 or min(each) < 1: raise ConfigError("n_levels and n_clusters must be at least 1.")
         if metric not in ("l2", "cosine"): raise ConfigError(f"Unknown metric {metric!r}: use l2 or cosine.")
         if implementation not in ("kmeans", "constrained"):
             raise ConfigError(f"Unknown implementation {implementation!r}: use kmeans or constrained.")
-        self.n_levels, self.n_clusters, self.metric = int(n_levels), [int(k) for k in each], metric
-        self.implementation, self.max_iter, self.tol = implementation, max_iter, tol
-        self.random_state, self.verbose, self.n_init = random_state, verbose, n_init
+        if max_iter < 1 or (n_init is not None and n_init < 1) or tol < 0:
+            raise ConfigError("max_iter and n_init must be at least 1, and tol at least 0.")
+        self.n_levels, self.n_clusters, self.metric = n_levels, each, metric
+        self.implementation, self.max_iter, self.tol = implementation, int(max_iter), float(tol)
+        self.verbose, self.n_init = verbose, None if n_init is None else int(n_init)
+        self.random_state = random_state
         self.backend, self.n_threads = backend, n_threads
         self.codebooks_: list[np.ndarray] = []
         self.D_: int | None = None
@@ -79,6 +85,7 @@ class RQKMeans:
     ) -> "RQKMeans":
         "Learn one codebook a level, each on what the levels before left."
         residual, largest = _rows_of(X, self.metric).copy(), max(self.n_clusters)
+        check_finite(residual)
         if len(residual) < largest:
             raise ShapeMismatchError(f"n_samples={len(residual)} should be >= n_clusters={largest}: "
                                      "use fewer clusters or more samples.")
@@ -92,14 +99,22 @@ class RQKMeans:
 
     def _level(self, residual, level, device):
         K, n_init = self.n_clusters[level], self.n_init or 1
-        rng = np.random.default_rng(None if self.random_state is None else [self.random_state, level])
-        model = KMeans(K, n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng,
+        rng = self._generator(level)
+        model = KMeans(K, n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng, relocate=6,
                        device=device, backend=self.backend, n_threads=self.n_threads, verbose=self.verbose)
         if self.implementation == "kmeans": return model.fit(residual)
         seed = int(rng.integers(2**31 - 1))
         model.cluster_centers_ = _balanced_centroids(residual, K, self.max_iter, self.tol, n_init, seed)
         model.labels_ = model.predict(residual)
         return model
+
+    def _generator(self, level):
+        "The level's own stream: of a seed, or drawn from a generator or RandomState."
+        seed = self.random_state
+        if hasattr(seed, "randint"): seed = int(seed.randint(2**31 - 1))
+        if seed is None or isinstance(seed, np.random.Generator): return np.random.default_rng(seed)
+        if seed < 0: raise ConfigError(f"random_state must be a whole number from 0, not {seed}.")
+        return np.random.default_rng([seed, level])
 
     def encode(
         self,
@@ -111,13 +126,14 @@ class RQKMeans:
         "Codes of the rows of X: per level, the nearest centroid to what the levels before left."
         books = self._books()
         if not (isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == self.D_ and len(X)):
-            X = as_matrix(X, "Input", self.D_)
+            X = as_matrix(X, dim=self.D_)
         codes, step = np.empty((len(X), self.n_levels), np.int32), batch_size or 65536
         if step < 1: raise ConfigError("batch_size must be at least 1.")
         starts = range(0, len(X), step)
         quiet = not self.verbose or len(starts) < 2
         for i in tqdm(starts, desc="RQ-KMeans encode", unit="batch", disable=quiet):
-            rows = quantise_rows(_rows_of(X[i:i + step], self.metric), self.n_threads, "Input")
+            part = _rows_of(X[i:i + step], self.metric, i)
+            rows = quantise_rows(part, self.n_threads, shift=books.shift, first=i)
             assign(rows, books, self.backend, device, self.n_threads, codes[i:i + step])
         return codes
 
@@ -128,6 +144,7 @@ class RQKMeans:
         "The vectors that the codes stand for: the sum of their centroids."
         self._fitted()
         codes = np.asarray(codes)
+        if codes.dtype.kind not in "iu": raise DataError(f"Codes must be whole numbers, got {codes.dtype}.")
         if codes.ndim != 2 or not 1 <= codes.shape[1] <= self.n_levels:
             raise ShapeMismatchError(f"Expected codes of shape (N, 1 to {self.n_levels}), got {codes.shape}.")
         vectors = np.zeros((len(codes), self.codebooks_[0].shape[1]), np.float32)
@@ -211,12 +228,14 @@ class RQKMeans:
         if shapes != [(k, meta["D"]) for k in model.n_clusters]:
             raise ModelFormatError(f"{path}: codebooks {shapes} don't fit its metadata; save it again.")
         model.codebooks_, model.D_ = codebooks, meta["D"]
+        if meta.get("sha256", model.fingerprint()) != model.fingerprint():
+            raise ModelFormatError(f"{path}: its codebooks are not those that were saved (sha256 differs).")
         return model
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #1012fe41
-def _rows_of(X, metric) -> np.ndarray:
-    "X as float32 rows, of length 1 for cosine."
-    return normalise_rows(X, "Input") if metric == "cosine" else as_matrix(X, "Input")
+def _rows_of(X, metric, first=0) -> np.ndarray:
+    "X as float32 rows, of length 1 for cosine; errors count rows from `first`."
+    return normalise_rows(X, first=first) if metric == "cosine" else as_matrix(X)
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #e3b0ed17
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
@@ -225,7 +244,8 @@ def _save(model, path):
     from semid import __version__
     keys = "n_levels n_clusters metric implementation max_iter tol random_state n_init".split()
     seed = model.random_state if isinstance(model.random_state, int | np.integer) else None
-    meta = {"type": "RQKMeans", **{k: getattr(model, k) for k in keys}, "random_state": seed and int(seed),
+    meta = {"type": "RQKMeans", **{k: getattr(model, k) for k in keys},
+            "random_state": None if seed is None else int(seed),
             "D": model.codebooks_[0].shape[1], "sha256": model.fingerprint(), "semid_version": __version__}
     text = json.dumps(meta, indent=2)
     arrays = {f"codebook_{i}": np.ascontiguousarray(c, np.float32) for i, c in enumerate(model.codebooks_)}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..clustering.kmeans import normalise_rows
 from ..config import ConfigError
 from .metrics import evaluate, nearest_neighbours
 from .rq_kmeans import RQKMeans
@@ -82,7 +83,6 @@ def sweep(
 
 def comparable(X, metric):
     "The vectors that codes are compared with: X, or its rows at length 1 for cosine."
-    from semid.clustering.kmeans import normalise_rows
     return normalise_rows(X) if metric == "cosine" else np.asarray(X)
 
 # %% ../../nbs/semantic_ids/07_sweep.ipynb #3ffc835b

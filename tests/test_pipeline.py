@@ -1,0 +1,86 @@
+"The whole pipeline in a copy: it runs, runs nothing twice, gives the same bytes again, and is written down."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from semid.semantic_ids.encoding import read_ids
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+GRID = {"implementation": ["kmeans", "constrained"], "n_clusters": [16]}
+
+
+def run(folder, *words):
+    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "SEMID_PIPELINE": "a test"}
+    env.pop("MLFLOW_TRACKING_URI", None)
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "The project in another folder, with a small grid, after `dvc repro`."
+    folder = tmp_path_factory.mktemp("whole pipeline")
+    for name in ("experiments", "semid", "dvc.yaml", "params.yaml", ".dvcignore"):
+        source = ROOT / name
+        if source.is_file(): shutil.copy2(source, folder / name)
+        else: shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.pyc", "runs"))
+    (folder / "experiments" / "runs").mkdir()
+    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    settings["sweep"] |= {"grid": GRID, "max_iter": 10}
+    settings["ids"]["n_clusters"] = 32
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
+    run(folder, "git", "init", "-q")
+    run(folder, "dvc", "init", "-q")
+    run(folder, "dvc", "config", "core.analytics", "false")
+    run(folder, "dvc", "repro", "-q")
+    return folder
+
+
+def test_every_item_has_an_id_of_its_own(copy):
+    manifest = json.loads((copy / "data" / "report" / "manifest.json").read_text())
+    unique = read_ids(copy / "data" / "report" / "ids.parquet")["unique_id"].to_pylist()
+    assert len(set(unique)) == manifest["n_items"] == 1797
+    assert manifest["parameters"]["chosen"]["n_clusters"] == 16
+
+
+def test_the_report_holds_the_whole_grid(copy):
+    lines = (copy / "data" / "report" / "sweep.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 4  # a head, and every length of both points
+
+
+def test_metrics_and_plots_are_wired(copy):
+    shown = json.loads(run(copy, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert 0 < shown["data/report/best.json"]["data"]["relative_mse"] < 1
+    run(copy, "dvc", "plots", "show", "-o", "shown")
+    page = (copy / "shown" / "index.html").read_text()
+    assert "collision_heatmap" in page and "vega" in page
+
+
+def test_the_runs_hang_under_one_parent(copy):
+    import mlflow
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{copy / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("semid").experiment_id])
+    parents = [r for r in runs if r.data.tags.get("semid.role") == "pipeline"]
+    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert [r.info.run_id for r in parents] == list({r.data.tags["mlflow.parentRunId"] for r in children})
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    stages = sorted(r.data.tags["semid.stage"] for r in children)
+    assert stages == ["encode", "features", "fit_ids", "report", "sweep constrained-K16", "sweep kmeans-K16"]
+    report = next(r for r in children if r.data.tags["semid.stage"] == "report")
+    assert "relative_mse" in report.data.metrics and report.data.params["report.k"] == "10"
+    assert "sweep.csv" in {a.path for a in client.list_artifacts(report.info.run_id)}
+
+
+def test_again_runs_nothing_and_forced_gives_the_same_bytes(copy):
+    lock = (copy / "dvc.lock").read_bytes()
+    assert "up to date" in run(copy, "dvc", "repro")
+    run(copy, "dvc", "repro", "-f", "-q")
+    assert (copy / "dvc.lock").read_bytes() == lock
