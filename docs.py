@@ -36,11 +36,11 @@ def readme_text() -> str:
 
 def pages() -> list[Path]:
     "The notebooks in reading order: index, the hall, the rooms, the door."
-    order = ["", "clustering", "semantic_ids"]
+    rooms = ["", "clustering", "semantic_ids"]
     found = sorted((ROOT / "nbs").rglob("*.ipynb"))
     found = [p for p in found if not p.name.startswith("_") and ".ipynb_checkpoints" not in p.parts]
-    place = lambda p: (p.stem != "index", p.stem == "cli", order.index(p.parent.name.replace("nbs", "")), p.name)
-    return sorted(found, key=place)
+    room = lambda p: rooms.index(p.parent.name.replace("nbs", ""))
+    return sorted(found, key=lambda p: (p.stem != "index", p.stem == "cli", room(p), p.name))
 
 
 def site() -> None:

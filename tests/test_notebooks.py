@@ -184,6 +184,15 @@ def test_a_stage_depends_on_the_code_that_it_runs(path):
     assert name_of(path) in deps
 
 
+def test_the_lock_is_of_this_graph():
+    "dvc.lock names the same commands and dependencies as dvc.yaml: nobody forgot to commit it."
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    locked = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert {name.partition("@")[0] for name in locked} == set(stages)
+    for name, stage in locked.items():
+        assert {dep["path"] for dep in stage["deps"]} == set(stages[name.partition("@")[0]]["deps"]), name
+
+
 def loaded_by(statement, heavy):
     code = f"{statement}\nimport sys\nprint(*set(sys.modules) & {set(heavy.split())!r})"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -56,6 +56,12 @@ def test_the_report_holds_the_whole_grid(copy):
     assert len(lines) == 1 + 2 * 4  # a head, and every length of both points
 
 
+def test_the_measured_codes_are_those_of_the_measured_vectors(copy):
+    fit, ids = (json.loads((copy / "data" / "metrics" / name).read_text()) for name in ("fit.json", "ids.json"))
+    assert ids["relative_mse"] == pytest.approx(fit["train_relative_mse"], rel=1e-5)
+    assert ids["heldout"]["relative_mse"] == pytest.approx(fit["heldout_relative_mse"], rel=1e-5)
+
+
 def test_metrics_and_plots_are_wired(copy):
     shown = json.loads(run(copy, "dvc", "metrics", "show", "--json"))[""]["data"]
     assert 0 < shown["data/report/best.json"]["data"]["relative_mse"] < 1
