@@ -57,7 +57,8 @@ def test_the_report_holds_the_whole_grid(copy):
 
 
 def test_the_measured_codes_are_those_of_the_measured_vectors(copy):
-    fit, ids = (json.loads((copy / "data" / "metrics" / name).read_text()) for name in ("fit.json", "ids.json"))
+    read = lambda name: json.loads((copy / "data" / "metrics" / name).read_text())
+    fit, ids = read("fit.json"), read("ids.json")
     assert ids["relative_mse"] == pytest.approx(fit["train_relative_mse"], rel=1e-5)
     assert ids["heldout"]["relative_mse"] == pytest.approx(fit["heldout_relative_mse"], rel=1e-5)
 

@@ -261,7 +261,7 @@ def test_bad_vectors(bad, error, words, use):
     model = MODEL if MODEL.codebooks_ else MODEL.fit(X)
     call = {"fit": RQKMeans(2, 8).fit, "encode": model.encode, "kmeans": KMeans(8).fit,
             "nearest": lambda X: nearest(X, model.codebooks_[0])}[use]
-    if use == "encode" and np.ndim(bad) == 2 and np.shape(bad)[1] != 6: words = "D=6"
+    if use in ("encode", "nearest") and getattr(bad, "shape", (0, 6))[1:] == (0,): words = "D=6"
     with pytest.raises(error, match=words): call(bad)
 
 
@@ -432,3 +432,73 @@ def test_encoding_from_many_threads_gives_blas_its_threads_back():
     with ThreadPoolExecutor(4) as pool: codes = list(pool.map(model.encode, [X] * 12))
     assert all(np.array_equal(c, expected) for c in codes)
     assert [lib.num_threads for lib in blas.lib_controllers] == before
+
+
+@pytest.mark.parametrize("scales", [(1, 1e-22), (1, 1e-9), (1e-12, 1), (1e8, 1, 1e-8), (1e20, 1e-20)])
+def test_levels_of_very_different_scale(scales, folder):
+    rng = np.random.default_rng(0)
+    books = [rng.normal(size=(16, 8)) * s for s in scales]
+    X = np.concatenate([rng.normal(size=(60, 8)) * s for s in (*scales, scales[-1] / 10, 0)])
+    check(books, X, folder)
+
+
+def test_the_device_path_ignores_autocast():
+    torch = pytest.importorskip("torch")
+    X = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    model = RQKMeans(2, 32, random_state=0, max_iter=3).fit(X)
+    books, codes = Codebooks(model.codebooks_), np.empty((len(X), 2), np.int32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _assign_on_device(quantise_rows(X, shift=books.shift), books, "cpu", codes)
+    assert np.array_equal(codes, model.encode(X))
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_codes_on_an_accelerator_are_those_of_the_cpu(device):
+    torch = pytest.importorskip("torch")
+    present = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
+    if not present: pytest.skip(f"there is no {device} here")
+    X = np.random.default_rng(0).normal(size=(50_000, 64)).astype(np.float32)
+    model = RQKMeans(3, 64, random_state=0, max_iter=5).fit(X, device=device)
+    assert np.array_equal(model.encode(X, device=device), model.encode(X))
+
+
+@pytest.mark.parametrize("offset", [1000, [1000] + [0] * 31])
+def test_where_the_data_lie_does_not_spoil_a_fit(offset):
+    rng = np.random.default_rng(0)
+    blobs = rng.normal(size=(32, 32)) * 3
+    X = (blobs[rng.integers(0, 32, 5000)] + rng.normal(size=(5000, 32))).astype(np.float32)
+    there = X + np.asarray(offset, np.float32)
+    assert KMeans(32, random_state=0).fit(there).inertia_ < 1.1 * KMeans(32, random_state=0).fit(X).inertia_
+
+
+def test_relocation_never_hurts_and_depends_on_no_thread():
+    X = np.random.default_rng(1).normal(size=(4000, 6)).astype(np.float32)
+    plain = KMeans(40, random_state=0, max_iter=100).fit(X)
+    one, two = (KMeans(40, random_state=0, relocate=6, n_threads=n).fit(X) for n in (1, 2))
+    assert np.array_equal(one.cluster_centers_, two.cluster_centers_)
+    assert one.inertia_ < 1.01 * plain.inertia_
+    assert np.array_equal(one.labels_, one.predict(X))
+
+
+def test_errors_name_the_row_of_the_whole_input():
+    X = np.zeros((100, 4), np.float32)
+    X[70, 2] = np.nan
+    model = RQKMeans(1, 2, random_state=0).fit(np.eye(4))
+    with pytest.raises(DataError, match="row 70"): model.encode(X, batch_size=16)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    model = RQKMeans(np.int64(2), np.int64(3), max_iter=np.int64(5), tol=np.float32(1e-4), n_init=np.int64(1),
+                     random_state=np.int64(0)).fit(np.eye(6))
+    model.save(tmp_path / "model")
+    assert RQKMeans.load(tmp_path / "model").fingerprint() == model.fingerprint()
+    RQKMeans(1, 2, random_state=np.random.default_rng(0)).fit(np.eye(6))
+    RQKMeans(1, 2, random_state=np.random.RandomState(0)).fit(np.eye(6))
+
+
+def test_codebooks_that_were_changed_are_noticed(tmp_path):
+    RQKMeans(1, 2, random_state=0).fit(np.eye(4)).save(tmp_path / "model")
+    with np.load(tmp_path / "model" / "codebooks.npz") as z: arrays = dict(z)
+    arrays["codebook_0"] = arrays["codebook_0"] + 1
+    np.savez(tmp_path / "model" / "codebooks.npz", **arrays)
+    with pytest.raises(ModelFormatError, match="sha256"): RQKMeans.load(tmp_path / "model")

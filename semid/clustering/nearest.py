@@ -112,9 +112,9 @@ def as_matrix(
     if X.ndim != 2:
         raise ShapeMismatchError(f"Expected 2-D input (N, D), got {X.ndim}-D {name} with shape {X.shape}.")
     if not len(X): raise ShapeMismatchError(f"{name} must contain at least one sample (N > 0).")
-    if not X.shape[1]: raise ShapeMismatchError(f"{name} has no columns: expected (N, D) with D > 0.")
     if dim is not None and X.shape[1] != dim:
         raise ShapeMismatchError(f"Expected D={dim}, got D={X.shape[1]}: these vectors are of another kind.")
+    if not X.shape[1]: raise ShapeMismatchError(f"{name} has no columns: expected (N, D) with D > 0.")
     return np.ascontiguousarray(X)
 
 def check_finite(
@@ -385,7 +385,8 @@ def _assign_on_device(rows, books, where, codes, block=32768):
         for level, (at, to) in enumerate(zip(o[:-1], o[1:], strict=True)):
             known = half[None, at:to]
             for j in range(level): known = known + table[_row_numbers(codes[s, j], o[j], where), at:to]
-            size = rows.norm[s].astype(np.float64) * books.rows.norm[at:to].max()
+            with np.errstate(invalid="ignore"):  # too long for float32, and so not screened
+                size = rows.norm[s].astype(np.float64) * books.rows.norm[at:to].max()
             reach = books.reach[at:to].max()
             hard = ~((size + reach == 0) | ((size + reach > 1e-15) & (size + reach < 1e30)))
             floor = put((size + reach) * 2.0**-40)[:, None]
