@@ -502,3 +502,12 @@ def test_codebooks_that_were_changed_are_noticed(tmp_path):
     arrays["codebook_0"] = arrays["codebook_0"] + 1
     np.savez(tmp_path / "model" / "codebooks.npz", **arrays)
     with pytest.raises(ModelFormatError, match="sha256"): RQKMeans.load(tmp_path / "model")
+
+
+def test_progress_bars_change_nothing():
+    X = np.random.default_rng(1).normal(size=(4000, 6)).astype(np.float32)
+    for max_iter in (1, 9, 30):
+        models = [KMeans(40, random_state=0, relocate=6, max_iter=max_iter, verbose=v) for v in (True, False)]
+        loud, quiet = (model.fit(X) for model in models)
+        assert np.array_equal(loud.cluster_centers_, quiet.cluster_centers_)
+        assert loud.n_iter_ == quiet.n_iter_ and 1 <= quiet.n_iter_ <= max_iter

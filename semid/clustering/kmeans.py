@@ -230,7 +230,7 @@ class _State:
     def __init__(self, X, n_clusters, n_threads):
         self.sums, self.squares = _Sums(X, n_clusters, n_threads), np.empty(len(X))
         over_blocks(lambda s: _squares(X[s], self.squares[s]), len(X), n_threads, 8192)
-        self.total = float(self.squares.sum())
+        self.total, self.n_iter = float(self.squares.sum()), 0
     def inertia(self, labels):
         "Sum of squared distances of the points to the means of their clusters."
         counts = np.bincount(labels, minlength=len(self.sums.sums))
@@ -308,7 +308,7 @@ class KMeans:
             first = min(15, self.max_iter) if self.relocate else self.max_iter
             centroids, labels = self._iterate(rows, centroids, limit, first, state, bar)
             for _ in range(self.relocate):
-                if bar.n + 4 > self.max_iter: break
+                if state.n_iter + 4 > self.max_iter: break
                 kept, before = (centroids, labels), state.inertia(labels)
                 moves = _relocations(rows.values, state.squares, centroids, labels)
                 if not moves: break
@@ -317,10 +317,10 @@ class KMeans:
                 if state.inertia(labels) >= before * (1 - 1e-4):
                     if state.inertia(labels) >= before: centroids, labels = kept
                     break
-            if self.relocate and bar.n < self.max_iter:
-                left = min(10, self.max_iter - bar.n)
+            if self.relocate and state.n_iter < self.max_iter:
+                left = min(10, self.max_iter - state.n_iter)
                 centroids, labels = self._iterate(rows, centroids, limit, left, state, bar)
-            return centroids, labels, self._inertia(rows.values, centroids, labels), bar.n
+            return centroids, labels, self._inertia(rows.values, centroids, labels), state.n_iter
 
     def _relocate(self, centroids, counts, moves):
         centroids = centroids.copy()
@@ -335,6 +335,7 @@ class KMeans:
         labels, before = self._assign(rows, centroids), None
         for _ in range(most):
             bar.update()
+            state.n_iter += 1  # a silent bar does not count
             counts = np.bincount(labels, minlength=self.n_clusters)
             if (counts == 0).any(): _fill_empty(rows.values, labels, counts, centroids)
             means = state.sums.follow(labels).means(counts)
