@@ -15,8 +15,10 @@ from .config import ConfigError, root
 
 # %% ../nbs/03_tracking.ipynb #2e479408
 def tracking_uri() -> str:
-    "MLFLOW_TRACKING_URI, or the SQLite database at the project's root."
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+    "MLFLOW_TRACKING_URI, or the SQLite database at the project's root, where relative SQLite paths start."
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    relative = uri.startswith("sqlite:///") and not os.path.isabs(uri.removeprefix("sqlite:///"))
+    return f"sqlite:///{root() / uri.removeprefix('sqlite:///')}" if relative else uri
 
 def _client(uri):
     import mlflow

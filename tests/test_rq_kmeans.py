@@ -511,3 +511,17 @@ def test_progress_bars_change_nothing():
         loud, quiet = (model.fit(X) for model in models)
         assert np.array_equal(loud.cluster_centers_, quiet.cluster_centers_)
         assert loud.n_iter_ == quiet.n_iter_ and 1 <= quiet.n_iter_ <= max_iter
+
+
+@pytest.mark.parametrize("offset", [2.0**16, 2.0**22, 2.0**23])
+def test_codes_agree_however_far_the_data_lie(offset, folder):
+    rng = np.random.default_rng(0)
+    X = (offset + 3 * rng.normal(size=(1500, 64))).astype(np.float32)
+    model = fitted([X[:64], rng.normal(size=(16, 64))], folder)
+    codes = list(every_way(model, X))
+    assert all(np.array_equal(c, codes[0]) for c in codes)
+
+
+def test_one_balanced_cluster():
+    X = np.random.default_rng(0).normal(size=(20, 4))
+    assert (RQKMeans(2, 1, implementation="constrained", random_state=0).fit(X).encode(X) == 0).all()

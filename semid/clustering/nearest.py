@@ -230,6 +230,8 @@ class Codebooks:
             at = slice(o[level], o[level + 1])
             for j in range(level): reach[at] += np.abs(tables[o[j]:o[j + 1], at]).max(0)
         self.reach = reach
+        self.far = float(np.linalg.norm(self.shift.astype(np.float64)) + np.sqrt(2 * self.half_norms.max()))
+        self.rounding = (self.dim / 32 + 64 + len(self.levels)) * 2.0**-52 * self.far  # what deciding loses
         with np.errstate(over="ignore"):  # what float32 can't hold is not screened
             self.half32, self.tables32 = half.astype(np.float32), tables.astype(np.float32)
             self.slack = (reach * (len(self.levels) + 8) * 2.0**-22).astype(np.float32)
@@ -272,11 +274,11 @@ def _least_place(bits):
     return place
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _narrow(X, i, shift, C, k, known, slack, size):
+def _narrow(X, i, shift, C, k, known, slack, size, floor):
     "A tight upper bound of the score of centroid k."
     product = 0.0
     for j in range(X.shape[1]): product += np.float64(X[i, j] - shift[j]) * np.float64(C[k, j])
-    return np.float32(known - product + 2.0 * slack + 2.0**-20 * size)
+    return np.float32(known - product + 2.0 * slack + 2.0**-20 * size + floor)
 
 @njit(nogil=True, cache=True)
 def _decide(X, i, C, known, table, codes, level, offsets, low, least, part):
@@ -296,7 +298,7 @@ def _screened(size, reach): return size + reach == 0 or 1e-15 < size + reach < 1
 
 @njit(nogil=True, cache=True)
 def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales, errors, norms, half32,
-                  table32, slack, reach, C, half, table, offsets, codes):
+                  table32, slack, reach, far, rounding, C, half, table, offsets, codes):
     "Codes of a block of rows at one level; returns how many exact products that took."
     at, to, part, decided = offsets[level], offsets[level + 1], np.empty(32), np.int64(0)
     known, low = np.empty(to - at, np.float32), np.empty(to - at, np.float32)
@@ -310,14 +312,14 @@ def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales
         if _screened(size, farthest):
             if level: known[:] = start
             for j in range(level): known += table32[offsets[j] + codes[i, j], at:to]
-            floor = np.float32((size + farthest) * 2.0**-40)
+            floor = np.float32((size + farthest) * 2.0**-40 + (norm[i] + far) * rounding)
             now = known if level else start
             least = _intervals(products[i, at:to], scale[i], error[i], norm[i] + error[i], scales, errors,
                                norms, now, slack, floor, low, high, bits)
             alive, place = _survivors(low, least)
             if alive > 1:
                 k = _least_place(low_bits)
-                least = min(least, _narrow(X, i, shift, shifted, at + k, now[k], slack[k], size))
+                least = min(least, _narrow(X, i, shift, shifted, at + k, now[k], slack[k], size, floor))
                 alive, place = _survivors(low, least)
         else: low[:] = 0
         if alive == 1: codes[i, level] = place
@@ -385,11 +387,11 @@ def _assign_on_device(rows, books, where, codes, block=32768):
         for level, (at, to) in enumerate(zip(o[:-1], o[1:], strict=True)):
             known = half[None, at:to]
             for j in range(level): known = known + table[_row_numbers(codes[s, j], o[j], where), at:to]
-            with np.errstate(invalid="ignore"):  # too long for float32, and so not screened
-                size = rows.norm[s].astype(np.float64) * books.rows.norm[at:to].max()
             reach = books.reach[at:to].max()
+            with np.errstate(over="ignore", invalid="ignore"):  # too long for float32, and so not screened
+                size = rows.norm[s].astype(np.float64) * books.rows.norm[at:to].max()
+                floor = put((size + reach) * 2.0**-40 + (rows.norm[s] + books.far) * books.rounding)[:, None]
             hard = ~((size + reach == 0) | ((size + reach > 1e-15) & (size + reach < 1e30)))
-            floor = put((size + reach) * 2.0**-40)[:, None]
             doubt = norm * norms[None, at:to] * (roundings + 2.0**-20) + slack[None, at:to] + floor
             score = known - P[:, at:to]
             least, low = (score + doubt).amin(1), score - doubt
@@ -445,7 +447,7 @@ def _assign_blocks(screen, rows, books, codes, n_threads):
     def work(s):
         r = rows[s]
         P, scale, error = products(r)
-        known = books.half32, books.tables32, books.slack, books.reach
+        known = books.half32, books.tables32, books.slack, books.reach, books.far, books.rounding
         exact = books.centroids, books.half_norms, books.tables, books.offsets
         return sum(_assign_level(level, P, r.values, rows.shift, scale, error, r.norm, books.rows.values,
                                  scales, errors, books.rows.norm, *known, *exact, codes[s])

@@ -24,7 +24,7 @@ def _balanced_centroids(
     n_clusters,    # K
     max_iter, tol, n_init, random_state,
 ) -> np.ndarray:   # (K, D) float32
-    "Centroids of k-means with cluster sizes within one of N/K."
+    "Centroids of k-means with cluster sizes within one of ⌊N/K⌋."
     try: from k_means_constrained import KMeansConstrained
     except ImportError as e:
         raise ImportError("k-means-constrained is required for implementation='constrained': "
@@ -32,7 +32,7 @@ def _balanced_centroids(
     largest = float((X.astype(np.float64) ** 2).sum(1).max()) or 1.0
     scale = np.sqrt(2.0**30 / (4000 * largest))  # the largest squared distance times 1000 stays below 2³⁰
     size = len(X) // n_clusters
-    bounds = dict(size_min=max(1, size - 1), size_max=size + 1)
+    bounds = dict(size_min=max(1, size - 1), size_max=min(size + 1, len(X)))
     model = KMeansConstrained(n_clusters, **bounds, max_iter=max_iter, tol=tol, n_init=n_init,
                               random_state=random_state, n_jobs=1)
     return (model.fit(X.astype(np.float64) * scale).cluster_centers_ / scale).astype(np.float32)
@@ -127,7 +127,7 @@ class RQKMeans:
         books = self._books()
         if not (isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == self.D_ and len(X)):
             X = as_matrix(X, dim=self.D_)
-        codes, step = np.empty((len(X), self.n_levels), np.int32), batch_size or 65536
+        codes, step = np.empty((len(X), self.n_levels), np.int32), 65536 if batch_size is None else batch_size
         if step < 1: raise ConfigError("batch_size must be at least 1.")
         starts = range(0, len(X), step)
         quiet = not self.verbose or len(starts) < 2
