@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..clustering.kmeans import KMeans, normalise_rows
-from ..clustering.nearest import Codebooks, as_matrix, assign, check_finite, quantise_rows
+from ..clustering.nearest import Codebooks, LazyRows, as_matrix, assign, check_finite
 from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
 from .formatting import codes_to_ids
@@ -133,7 +133,7 @@ class RQKMeans:
         quiet = not self.verbose or len(starts) < 2
         for i in tqdm(starts, desc="RQ-KMeans encode", unit="batch", disable=quiet):
             part = _rows_of(X[i:i + step], self.metric, i)
-            rows = quantise_rows(part, self.n_threads, shift=books.shift, first=i)
+            rows = LazyRows(part, books.shift, first=i)
             assign(rows, books, self.backend, device, self.n_threads, codes[i:i + step])
         return codes
 
@@ -271,7 +271,8 @@ def _load(path):
         codebooks = [np.ascontiguousarray(arrays[f"codebook_{i}"], np.float32) for i in levels]
         meta["D"], meta["n_clusters"], meta["metric"]  # noqa: B018  (they must be there)
         if not all(np.isfinite(c).all() for c in codebooks): raise ValueError("centroids that are NaN or Inf")
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as e:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
+            RuntimeError) as e:  # RuntimeError: what zipfile has for flags that it doesn't know
         raise ModelFormatError(f"{path} can't be read as an RQKMeans model ({e}): it is incomplete, corrupt "
                                "or holds pickled objects; save the model again.") from None
     return meta, codebooks
