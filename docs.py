@@ -36,11 +36,11 @@ def readme_text() -> str:
 
 def pages() -> list[Path]:
     "The notebooks in reading order: index, the hall, the rooms, the door."
-    rooms = ["", "clustering", "semantic_ids"]
+    rooms = ["", "clustering", "semantic_ids", "cli"]
     found = sorted((ROOT / "nbs").rglob("*.ipynb"))
     found = [p for p in found if not p.name.startswith("_") and ".ipynb_checkpoints" not in p.parts]
     room = lambda p: rooms.index(p.parent.name.replace("nbs", ""))
-    return sorted(found, key=lambda p: (p.stem != "index", p.stem == "cli", room(p), p.name))
+    return sorted(found, key=lambda p: (p.stem != "index", room(p), p.name))
 
 
 def site() -> None:
