@@ -65,7 +65,8 @@ def train(
     model = DistributedKMeans(n_clusters, n_workers=n_workers, metric=metric.value, max_iter=max_iter,
                               tol=tol, random_state=seed, output_dir=output_dir,
                               keep_iterations=keep_iterations, address=address, id_column=id_column,
-                              feature_column=feature_column, max_bad_fraction=max_bad_fraction, verbose=not quiet)
+                              feature_column=feature_column, max_bad_fraction=max_bad_fraction,
+                              verbose=not quiet)
     model.fit(_urls(data_urls, more_urls, data_urls_file), resume=resume).save(model_path)
     typer.echo(f"{model_path}: {n_clusters} clusters of {model.n_samples_:,} vectors after {model.n_iter_} "
                f"iterations; inertia {model.inertia_:.6g}")
@@ -111,8 +112,8 @@ def assign(
     "Write the cluster of every vector."
     from semid.clustering.distributed import assign_parquet
     n = assign_parquet(model_path, _urls(data_urls, more_urls, data_urls_file), output_dir,
-                       n_workers=n_workers, address=address, id_column=id_column, feature_column=feature_column,
-                       max_bad_fraction=max_bad_fraction, verbose=not quiet)
+                       n_workers=n_workers, address=address, id_column=id_column,
+                       feature_column=feature_column, max_bad_fraction=max_bad_fraction, verbose=not quiet)
     typer.echo(f"{output_dir}: clusters of {n:,} vectors")
 
 # %% ../../nbs/cli/02_clustering.ipynb #7dcadae3
