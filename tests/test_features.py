@@ -11,10 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 import semid.features as sf
 from semid.config import ConfigError, DataError, ShapeMismatchError
-from semid.features import (
-    FeatureWriter, Fingerprint, data_fingerprint, features_from_npy, load_source, open_features,
-    read_features, write_features,
-)
+from semid.features import FeatureWriter, open_features, read_features, write_features
+from semid.sources import Fingerprint, data_fingerprint, features_from_npy, load_source
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 quick = settings(max_examples=40, deadline=None)

@@ -136,7 +136,7 @@ def sweep(
     "Fit a grid over L and K, and show what each costs and brings."
     import pandas as pd
     from tqdm.auto import tqdm
-    from semid.features import data_fingerprint
+    from semid.sources import data_fingerprint
     from semid.semantic_ids import plots
     from semid.semantic_ids.metrics import nearest_neighbours
     from semid.semantic_ids.rq_kmeans import RQKMeans

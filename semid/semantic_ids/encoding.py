@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config import DataError, ShapeMismatchError, atomic_path, write_json
-from ..features import Fingerprint, open_features
+from ..features import open_features
 from .formatting import codes_to_ids
 from .uniqueness import UniqueIdResolver
+from ..sources import Fingerprint
 
 # %% ../../nbs/semantic_ids/06_encoding.ipynb #7c4242a7
 IDS_SCHEMA = pa.schema([("id", pa.string()), ("codes", pa.list_(pa.int32())), ("semantic_id", pa.string()),
