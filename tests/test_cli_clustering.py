@@ -1,0 +1,90 @@
+"The commands of the clustering room: both spellings, one clear sentence, a run that was killed goes on."
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from semid import KMeansInference, read_features, write_features
+
+SEMID = str(Path(sys.executable).with_name("semid"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    "Three shards, the last 300 rows near-copies of the first, and the same rows as .npy."
+    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    X = rng.normal(size=(5700, 24))
+    X = np.concatenate([X, X[:300] + rng.normal(size=(300, 24)) * 0.01]).astype(np.float32)
+    for i in range(3):
+        rows = range(2000 * i, 2000 * i + 2000)
+        write_features(folder / f"features_{i}.parquet", [f"item-{j}" for j in rows], X[rows.start:rows.stop])
+    np.save(folder / "features.npy", X)
+    return folder
+
+
+def semid(*words, cwd, check=True):
+    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_documented_commands(shards, tmp_path):
+    urls = f"{shards}/features_*.parquet"
+    semid("kmeans", "train", "--data-urls", urls, "--n-clusters", 12, "--n-workers", 2, "--output-dir",
+          "training", "--model-path", "models/kmeans", "--max-iter", 25, "--seed", 42, "-q", cwd=tmp_path)
+    semid("kmeans", "train_local", "--features_path", shards / "features.npy", "--n_clusters", 12,
+          "--output_path", "models/local", "--max_iter", 25, "--random_state", 42, "-q", cwd=tmp_path)
+    shared, local = (KMeansInference(tmp_path / "models" / name) for name in ("kmeans", "local"))
+    assert shared.centroids.tobytes() == local.centroids.tobytes()
+    semid("kmeans", "assign", "--model-path", "models/kmeans", "--data-urls", urls, "--output-dir", "out",
+          "-q", cwd=tmp_path)
+    semid("dedup", shards, "-o", "unique", "--kept", "kept.parquet", "--model", "models/kmeans", "-q",
+          cwd=tmp_path)
+    kept, _ = read_features(tmp_path / "kept.parquet")
+    assert len(kept) == 5700
+    removed = pq.read_table(tmp_path / "unique" / "removed.parquet")
+    assert min(removed["cosine"].to_pylist()) >= 0.95
+
+
+def test_a_set_against_another(shards, tmp_path):
+    semid("dedup", shards / "features_2.parquet", "--against", shards / "features_0.parquet", "--against",
+          shards / "features_1.parquet", "-o", "leaks", "-q", cwd=tmp_path)
+    removed = pq.read_table(tmp_path / "leaks" / "removed.parquet")
+    assert set(removed["id"].to_pylist()) == {f"item-{j}" for j in range(5700, 6000)}
+
+
+@pytest.mark.parametrize("words, says", [
+    (["kmeans", "train", "--model-path", "m"], "--data-urls"),
+    (["kmeans", "train", "--model-path", "m", "--data-urls", "nothing/*.parquet"], "no Parquet file"),
+    (["kmeans", "train-local", "--features-path", "x.pkl", "--output-path", "m"], "pickle"),
+    (["kmeans", "assign", "--model-path", "none", "--data-urls", "{}", "--output-dir", "o"], "no KMeans model"),
+    (["dedup", "{}", "-o", "o", "--threshold", "1.5"], "threshold"),
+    (["dedup", "{}", "-o", "o", "--clusters", "many"], "whole numbers"),
+])
+def test_what_cannot_be_done_is_said_in_one_sentence(words, says, shards, tmp_path):
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x04N.")
+    before = set(tmp_path.iterdir())
+    done = semid(*(w.format(shards / "features_0.parquet") for w in words), cwd=tmp_path, check=False)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 2
+    left = {p for new in set(tmp_path.iterdir()) - before for p in [new, *new.rglob("*")] if p.is_file()}
+    assert {p.name for p in left} <= {".lock"}
+
+
+def test_a_killed_training_goes_on(shards, tmp_path):
+    words = ["kmeans", "train", "--data-urls", f"{shards}/features_*.parquet", "--n-clusters", "60",
+             "--n-workers", "0", "--tol", "0", "--max-iter", "60", "-q"]
+    semid(*words, "--output-dir", "whole", "--model-path", "whole/model", cwd=tmp_path)
+    words += ["--output-dir", "killed", "--model-path", "killed/model"]
+    run = subprocess.Popen([SEMID, *words], cwd=tmp_path, start_new_session=True)
+    while run.poll() is None and not [*(tmp_path / "killed").glob("iter_[3-9]")]: time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    semid(*words, "--resume", cwd=tmp_path)
+    models = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
+    assert models[0].read_bytes() == models[1].read_bytes()
