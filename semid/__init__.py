@@ -7,10 +7,13 @@ from typing import Any
 _HOME = {
     "config": "root params Params seed_everything device SemidError SemanticIdError NotFittedError "
               "ShapeMismatchError DataError ModelFormatError ConfigError",
-    "features": "Features FeatureWriter features_from_npy load_source open_features read_features write_features",
+    "features": "Features FeatureWriter open_features read_features write_features",
+    "sources": "data_fingerprint features_from_npy load_source",
     "tracking": "start_run",
     "clustering.nearest": "nearest",
     "clustering.kmeans": "KMeans",
+    "clustering.inference": "KMeansInference",
+    "clustering.distributed": "DistributedKMeans assign_parquet",
     "semantic_ids.rq_kmeans": "RQKMeans",
     "semantic_ids.formatting": "codes_to_ids ids_to_codes",
     "semantic_ids.uniqueness": "CollisionStore InMemoryCollisionStore SQLiteCollisionStore UniqueIdResolver",

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from .kmeans import KMeans, normalise_rows
-from .nearest import Codebooks, as_matrix, assign, quantise_rows
+from .nearest import Codebooks, assign
+from .rows import LazyRows, as_matrix
 from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
 
@@ -135,7 +136,7 @@ class KMeansInference:
         "The nearest centroid of each row."
         X = as_matrix(X, dim=self.dim)
         if self.metric == "cosine": X = normalise_rows(X, n_threads=self._n_threads)
-        rows = quantise_rows(X, self._n_threads, shift=self._books.shift)
+        rows = LazyRows(X, self._books.shift)
         return assign(rows, self._books, *self._how, self._n_threads)[:, 0]
 
     predict_clusters = predict_batch = predict

@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 from tqdm.auto import tqdm
 
-from .nearest import Codebooks, _dot, as_matrix, assign, check_finite, nearest, over_blocks
-from .nearest import quantise_rows
+from .nearest import Codebooks, assign, nearest
+from .rows import as_matrix, check_finite, exact_dot, over_blocks, quantise_rows
 from .seeding import _relocations, kmeans_plus_plus
 from .sums import Survey, _exact_sum, _gap_steps, _means, _move, _Sums, _total
 from .sums import squared_distances
@@ -25,7 +25,7 @@ def _scale_to_one(X, out):
     "Rows of length 1 into `out`; returns the number of the first row of zeros, -1 if there is none."
     part, zero = np.empty(32), -1
     for i in range(len(X)):
-        norm = np.sqrt(_dot(X, i, X, i, part))
+        norm = np.sqrt(exact_dot(X, i, X, i, part))
         if norm == 0 and zero < 0: zero = i
         for j in range(X.shape[1]): out[i, j] = np.float32(np.float64(X[i, j]) / norm) if norm else X[i, j]
     return zero
@@ -62,7 +62,7 @@ def _energy(means, counts, centroids, shift):
 def _settle(means, metric):
     "Means as centroids: float32, of length 1 for the cosine."
     if metric == "cosine":
-        norms = np.sqrt([_dot(means, k, means, k, np.empty(32)) for k in range(len(means))])[:, None]
+        norms = np.sqrt([exact_dot(means, k, means, k, np.empty(32)) for k in range(len(means))])[:, None]
         means = np.divide(means, norms, out=means.copy(), where=norms > 0)
     return means.astype(np.float32)
 
@@ -98,13 +98,13 @@ def lloyd(
     early_stop=0.0,    # stop when the inertia falls by less than this share
     moved=np.inf,      # the movement that led to `centroids`, if this goes on from an earlier run
     before=np.inf,     # the inertia before that
-):  # yields (centroids, squared movement, inertia or None) after each assignment
-    "Lloyd's iterations; the last centroids that come are those that the rows are assigned to."
+):  # yields (centroids, the movement to them, the inertia before, if it is known) before each assignment
+    "Lloyd's iterations; the rows end up assigned to the centroids that come last."
     limit = None
     for n in range(most + 1):
+        yield centroids, moved, before
         data.assign(centroids)
-        inertia = data.inertia(centroids) if early_stop else None
-        yield centroids, moved, inertia
+        inertia = data.inertia(centroids) if early_stop else np.inf
         if limit is None: limit = tol * data.variance()
         if n == most or moved <= limit: return
         if early_stop and before < np.inf and before - inertia < early_stop * before: return

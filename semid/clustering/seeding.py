@@ -10,7 +10,8 @@ import numpy as np
 from numba import njit
 from tqdm.auto import tqdm
 
-from .nearest import _dot, _products, backend_of, over_blocks
+from .nearest import backend_of
+from .rows import exact_dot, exact_products, over_blocks
 
 # %% ../../nbs/clustering/01_seeding.ipynb #29fdc99f
 def _exact_int_products(A, B):
@@ -106,9 +107,9 @@ def _split(X, members, centre, rounds=4):
     a, b, na, nb = np.empty((1, D), np.float32), np.empty((1, D), np.float32), 0, 0
     for j in range(D): axis[0, j] = X[members[0], j] - centre[0, j]
     for _ in range(rounds):
-        total, middle = np.zeros(D), _dot(centre, 0, axis, 0, part)
+        total, middle = np.zeros(D), exact_dot(centre, 0, axis, 0, part)
         for m in range(n):
-            along = _dot(X, members[m], axis, 0, part) - middle
+            along = exact_dot(X, members[m], axis, 0, part) - middle
             sides[m] = along > 0
             for j in range(D): total[j] += along * (X[members[m], j] - centre[0, j])
         longest = np.abs(total).max()
@@ -117,9 +118,9 @@ def _split(X, members, centre, rounds=4):
     for _ in range(rounds):
         na, nb = _mean_of(X, members, sides, 1, a), _mean_of(X, members, sides, 0, b)
         if na == 0 or nb == 0: return 0.0, a, b
-        border = (_dot(a, 0, a, 0, part) - _dot(b, 0, b, 0, part)) / 2
+        border = (exact_dot(a, 0, a, 0, part) - exact_dot(b, 0, b, 0, part)) / 2
         for j in range(D): axis[0, j] = a[0, j] - b[0, j]
-        for m in range(n): sides[m] = _dot(X, members[m], axis, 0, part) > border
+        for m in range(n): sides[m] = exact_dot(X, members[m], axis, 0, part) > border
     na, nb = _mean_of(X, members, sides, 1, a), _mean_of(X, members, sides, 0, b)
     gain = 0.0
     for j in range(D): gain += (np.float64(a[0, j]) - b[0, j]) ** 2
@@ -130,7 +131,7 @@ def _relocations(X, within, centroids, labels, most=16):
     "Moves that pay: (cluster to give up, the one to merge it with, the one to split, its two halves)."
     K, counts = len(centroids), np.bincount(labels, minlength=len(centroids))
     products = np.empty((K, K))
-    _products(centroids, centroids, products)
+    exact_products(centroids, centroids, products)
     norms = products.diagonal()
     gaps = norms[:, None] + norms - 2 * products
     cost = counts[:, None] * counts / np.maximum(counts[:, None] + counts, 1) * gaps

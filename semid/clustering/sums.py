@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from .nearest import over_blocks
+from .rows import over_blocks
 from ..config import default_threads
 
 # %% ../../nbs/clustering/01_sums.ipynb #0cac1836

@@ -12,29 +12,36 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..clustering.balanced import BalancedKMeans, assign_with_bounds
 from ..clustering.kmeans import KMeans, normalise_rows
-from ..clustering.nearest import Codebooks, LazyRows, as_matrix, assign, check_finite
+from ..clustering.nearest import Codebooks, assign
+from ..clustering.rows import LazyRows, as_matrix, check_finite
 from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
 from .formatting import codes_to_ids
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #da812ada
-def _balanced_centroids(
-    X,             # (N, D) float32
-    n_clusters,    # K
+def _sizes(n, n_clusters, slack):
+    "Least and largest size of clusters that may differ from n / n_clusters by the share `slack`."
+    least, most = n * (1 - slack) / n_clusters, n * (1 + slack) / n_clusters
+    return max(0, min(int(np.ceil(least)), n // n_clusters)), max(int(most), -(-n // n_clusters))
+
+# %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #2e3943b4
+def _constrained_centroids(
+    X,               # (N, D) float32
+    n_clusters,      # K
+    size_min, size_max,
     max_iter, tol, n_init, random_state,
-) -> np.ndarray:   # (K, D) float32
-    "Centroids of k-means with cluster sizes within one of ⌊N/K⌋."
+) -> np.ndarray:     # (K, D) float32
+    "Centroids by the package k-means-constrained."
     try: from k_means_constrained import KMeansConstrained
     except ImportError as e:
-        raise ImportError("k-means-constrained is required for implementation='constrained': "
-                          "pip install k-means-constrained.") from e
+        raise ImportError("k-means-constrained is required for solver='k-means-constrained': "
+                          "pip install k-means-constrained, or use solver='exact'.") from e
     largest = float((X.astype(np.float64) ** 2).sum(1).max()) or 1.0
     scale = np.sqrt(2.0**30 / (4000 * largest))  # the largest squared distance times 1000 stays below 2³⁰
-    size = len(X) // n_clusters
-    bounds = dict(size_min=max(1, size - 1), size_max=min(size + 1, len(X)))
-    model = KMeansConstrained(n_clusters, **bounds, max_iter=max_iter, tol=tol, n_init=n_init,
-                              random_state=random_state, n_jobs=1)
+    model = KMeansConstrained(n_clusters, size_min=size_min, size_max=size_max, max_iter=max_iter, tol=tol,
+                              n_init=n_init, random_state=random_state, n_jobs=1)
     return (model.fit(X.astype(np.float64) * scale).cluster_centers_ / scale).astype(np.float32)
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #a779b0ec
@@ -53,6 +60,8 @@ class RQKMeans:
         n_init=None,              # starts a level; one if None
         backend="auto",           # "numpy", "torch", or what is faster here: the codes are the same
         n_threads=None,           # threads to use; all by default: the codes are the same
+        slack=0.0,                # "constrained": sizes may differ from N/K by this share
+        solver="exact",           # "constrained": "exact", or "k-means-constrained" to place the centroids
     ):
         n_levels = operator.index(n_levels)
         each = [*n_clusters] if np.iterable(n_clusters) else [n_clusters] * n_levels
@@ -63,6 +72,9 @@ class RQKMeans:
         if metric not in ("l2", "cosine"): raise ConfigError(f"Unknown metric {metric!r}: use l2 or cosine.")
         if implementation not in ("kmeans", "constrained"):
             raise ConfigError(f"Unknown implementation {implementation!r}: use kmeans or constrained.")
+        if solver not in ("exact", "k-means-constrained"):
+            raise ConfigError(f"Unknown solver {solver!r}: use exact or k-means-constrained.")
+        if not 0 <= slack < np.inf: raise ConfigError(f"slack must be a share from 0, not {slack}.")
         if max_iter < 1 or (n_init is not None and n_init < 1) or tol < 0:
             raise ConfigError("max_iter and n_init must be at least 1, and tol at least 0.")
         self.n_levels, self.n_clusters, self.metric = n_levels, each, metric
@@ -70,7 +82,10 @@ class RQKMeans:
         self.verbose, self.n_init = verbose, None if n_init is None else int(n_init)
         self.random_state = random_state
         self.backend, self.n_threads = backend, n_threads
+        self.slack, self.solver = float(slack), solver
         self.codebooks_: list[np.ndarray] = []
+        self.prices_: list[np.ndarray] | None = None  # of each level's clusters, where they are balanced
+        self.codes_: np.ndarray | None = None         # of the fitted vectors, where they are balanced
         self.D_: int | None = None
 
     def __repr__(self):
@@ -85,28 +100,37 @@ class RQKMeans:
     ) -> "RQKMeans":
         "Learn one codebook a level, each on what the levels before left."
         residual, largest = _rows_of(X, self.metric).copy(), max(self.n_clusters)
+        balanced = self.implementation == "constrained"
         check_finite(residual)
         if len(residual) < largest:
             raise ShapeMismatchError(f"n_samples={len(residual)} should be >= n_clusters={largest}: "
                                      "use fewer clusters or more samples.")
-        codebooks = []
+        codebooks, prices, codes = [], [], []
         for level in tqdm(range(self.n_levels), desc="RQ-KMeans fit", unit="level", disable=not self.verbose):
             model = self._level(residual, level, device)
             codebooks.append(model.cluster_centers_)
+            if balanced: prices.append(model.prices_)
+            codes.append(model.labels_)
             residual -= model.cluster_centers_[model.labels_]
         self.codebooks_, self.D_ = codebooks, residual.shape[1]
+        self.prices_, self.codes_ = (prices, np.stack(codes, axis=1)) if balanced else (None, None)
         return self
 
     def _level(self, residual, level, device):
         K, n_init = self.n_clusters[level], self.n_init or 1
         rng = self._generator(level)
-        model = KMeans(K, n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng, relocate=6,
-                       device=device, backend=self.backend, n_threads=self.n_threads, verbose=self.verbose)
-        if self.implementation == "kmeans": return model.fit(residual)
+        same = dict(n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng,
+                    n_threads=self.n_threads, verbose=self.verbose)
+        if self.implementation == "kmeans":
+            return KMeans(K, relocate=6, device=device, backend=self.backend, **same).fit(residual)
+        least, most = _sizes(len(residual), K, self.slack)
+        balanced = BalancedKMeans(K, least, most, **same)
+        if self.solver == "exact": return balanced.fit(residual)
         seed = int(rng.integers(2**31 - 1))
-        model.cluster_centers_ = _balanced_centroids(residual, K, self.max_iter, self.tol, n_init, seed)
-        model.labels_ = model.predict(residual)
-        return model
+        centroids = _constrained_centroids(residual, K, least, most, self.max_iter, self.tol, n_init, seed)
+        labels, prices = assign_with_bounds(residual, centroids, least, most, self.n_threads)
+        balanced.cluster_centers_, balanced.labels_, balanced.prices_ = centroids, labels, prices
+        return balanced
 
     def _generator(self, level):
         "The level's own stream: of a seed, or drawn from a generator or RandomState."
@@ -123,7 +147,7 @@ class RQKMeans:
         device="cpu",     # where the screen runs; the codes are the same on every device
         batch_size=None,  # rows at a time; bounds memory, changes nothing else
     ) -> np.ndarray:      # (N, L) int32
-        "Codes of the rows of X: per level, the nearest centroid to what the levels before left."
+        "Codes of the rows of X: per level, the centroid nearest to what is left, prices added if it has any."
         books = self._books()
         if not (isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == self.D_ and len(X)):
             X = as_matrix(X, dim=self.D_)
@@ -179,9 +203,11 @@ class RQKMeans:
         "The model of the first levels: what a fit with fewer levels would have given."
         self._fitted()
         if not 1 <= n_levels <= self.n_levels: raise ConfigError(f"n_levels must lie in 1..{self.n_levels}.")
-        keys = "metric implementation max_iter tol random_state verbose n_init backend n_threads".split()
-        model = RQKMeans(n_levels, self.n_clusters[:n_levels], **{k: getattr(self, k) for k in keys})
+        keys = "metric implementation max_iter tol random_state verbose n_init backend n_threads slack solver"
+        model = RQKMeans(n_levels, self.n_clusters[:n_levels], **{k: getattr(self, k) for k in keys.split()})
         model.codebooks_, model.D_ = self.codebooks_[:n_levels], self.D_
+        model.prices_ = self.prices_ and self.prices_[:n_levels]
+        model.codes_ = None if self.codes_ is None else self.codes_[:, :n_levels]
         return model
 
     def _fitted(self):
@@ -190,18 +216,20 @@ class RQKMeans:
     def _books(self) -> Codebooks:
         "The codebooks prepared for assignment, made once as long as they stay the same."
         self._fitted()
-        mark = [zlib.crc32(np.ascontiguousarray(c).data) for c in self.codebooks_]
-        if getattr(self, "_prepared", (None,))[0] != mark: self._prepared = mark, Codebooks(self.codebooks_)
+        mark = [zlib.crc32(np.ascontiguousarray(c).data) for c in (*self.codebooks_, *(self.prices_ or ()))]
+        if getattr(self, "_prepared", (None,))[0] != mark:
+            self._prepared = mark, Codebooks(self.codebooks_, prices=self.prices_)
         self.D_ = self._prepared[1].dim
         return self._prepared[1]
 
     def fingerprint(self) -> str:
-        "sha256 of the codebooks, as hex: two models with the same one give the same codes."
+        "sha256 of codebooks and prices, as hex: two models with the same one give the same codes."
         self._fitted()
         digest = hashlib.sha256(self.metric.encode())
         for c in self.codebooks_:
             digest.update(repr(c.shape).encode())
             digest.update(np.ascontiguousarray(c, "<f4").tobytes())
+        for p in self.prices_ or (): digest.update(b"prices" + np.ascontiguousarray(p, "<f8").tobytes())
         return digest.hexdigest()
 
     def save(self, path):
@@ -217,17 +245,17 @@ class RQKMeans:
         device="cpu",  # accepted for symmetry: codebooks live on the CPU, `encode` takes a device
     ) -> "RQKMeans":
         "Read a model; what is incomplete, corrupt or pickled is refused."
-        meta, codebooks = _load(Path(path))
+        meta, codebooks, prices = _load(Path(path))
         if meta.get("type") != "RQKMeans":
             raise ModelFormatError(f"Invalid model type: {meta.get('type')} in {path}; expected RQKMeans.")
-        keys = "n_levels n_clusters metric implementation max_iter tol random_state n_init".split()
-        try: model = cls(**{k: meta[k] for k in keys if k in meta})
+        try: model = cls(**{k: meta[k] for k in _SETTINGS if k in meta})
         except (TypeError, ValueError) as e:
             raise ModelFormatError(f"{path}: its metadata are wrong ({e}).") from None
         shapes = [c.shape for c in codebooks]
-        if shapes != [(k, meta["D"]) for k in model.n_clusters]:
+        fits = prices is None or [p.shape for p in prices] == [(k,) for k in model.n_clusters]
+        if shapes != [(k, meta["D"]) for k in model.n_clusters] or not fits:
             raise ModelFormatError(f"{path}: codebooks {shapes} don't fit its metadata; save it again.")
-        model.codebooks_, model.D_ = codebooks, meta["D"]
+        model.codebooks_, model.prices_, model.D_ = codebooks, prices, meta["D"]
         if meta.get("sha256", model.fingerprint()) != model.fingerprint():
             raise ModelFormatError(f"{path}: its codebooks are not those that were saved (sha256 differs).")
         return model
@@ -238,24 +266,25 @@ def _rows_of(X, metric, first=0) -> np.ndarray:
     return normalise_rows(X, first=first) if metric == "cosine" else as_matrix(X)
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #e3b0ed17
+_SETTINGS = "n_levels n_clusters metric implementation max_iter tol random_state n_init slack solver".split()
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
 
 def _save(model, path):
     from semid import __version__
-    keys = "n_levels n_clusters metric implementation max_iter tol random_state n_init".split()
     seed = model.random_state if isinstance(model.random_state, int | np.integer) else None
-    meta = {"type": "RQKMeans", **{k: getattr(model, k) for k in keys},
+    meta = {"type": "RQKMeans", **{k: getattr(model, k) for k in _SETTINGS},
             "random_state": None if seed is None else int(seed),
             "D": model.codebooks_[0].shape[1], "sha256": model.fingerprint(), "semid_version": __version__}
     text = json.dumps(meta, indent=2)
     arrays = {f"codebook_{i}": np.ascontiguousarray(c, np.float32) for i, c in enumerate(model.codebooks_)}
+    arrays |= {f"prices_{i}": np.ascontiguousarray(p, np.float64) for i, p in enumerate(model.prices_ or ())}
     with atomic_path(path / "codebooks.npz") as tmp, open(tmp, "wb") as f:
         np.savez(f, metadata=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     with atomic_path(path / "metadata.json") as tmp: tmp.write_text(text + "\n")
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #b965835b
 def _load(path):
-    "Metadata and codebooks of a model folder."
+    "Metadata, codebooks and prices of a model folder."
     if path.suffix in _PICKLES:
         raise ModelFormatError(f"{path} is a pickle, which is never opened: save the model as a folder with "
                                "metadata.json and codebooks.npz.")
@@ -269,10 +298,12 @@ def _load(path):
         meta = json.loads(inside.tobytes() if inside is not None else (path / "metadata.json").read_text())
         levels = range(meta["n_levels"])
         codebooks = [np.ascontiguousarray(arrays[f"codebook_{i}"], np.float32) for i in levels]
+        prices = [arrays[f"prices_{i}"].astype(np.float64) for i in levels] if "prices_0" in arrays else None
         meta["D"], meta["n_clusters"], meta["metric"]  # noqa: B018  (they must be there)
-        if not all(np.isfinite(c).all() for c in codebooks): raise ValueError("centroids that are NaN or Inf")
+        numbers = [*codebooks, *(prices or ())]
+        if not all(np.isfinite(v).all() for v in numbers): raise ValueError("values that are NaN or Inf")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
             RuntimeError) as e:  # RuntimeError: what zipfile has for flags that it doesn't know
         raise ModelFormatError(f"{path} can't be read as an RQKMeans model ({e}): it is incomplete, corrupt "
                                "or holds pickled objects; save the model again.") from None
-    return meta, codebooks
+    return meta, codebooks, prices

@@ -1,0 +1,305 @@
+"k-means over shards: the same bytes for any cut, any number of workers, and whatever dies."
+import json, os, signal, subprocess, sys, threading, time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from semid.clustering.distributed import DistributedKMeans, assign_parquet
+from semid.clustering.inference import KMeansInference
+from semid.clustering.kmeans import KMeans
+from semid.config import ConfigError, DataError, ShapeMismatchError
+from semid.features import read_features, write_features
+
+ray = pytest.importorskip("ray")
+K, N, D = 30, 6000, 12
+SETTINGS = dict(random_state=3, rows_per_shard=1000)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def local_ray():
+    "One small Ray for all tests here."
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8,
+             log_to_driver=False, logging_level=40)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def X():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(50, D)) * 2
+    return (centres[rng.integers(0, 50, N)] + rng.normal(size=(N, D))).astype(np.float32)
+
+
+def names(at, to): return [f"item-{i:05d}" for i in range(at, to)]
+
+
+@pytest.fixture(scope="module")
+def data(X, tmp_path_factory):
+    "Files of very different sizes."
+    folder = tmp_path_factory.mktemp("data")
+    for n, (at, to) in enumerate([(0, 10), (10, 11), (11, 3500), (3500, 3500), (3500, 6000)]):
+        write_features(folder / f"f{n}.parquet", names(at, to), X[at:to])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(X, data, tmp_path_factory):
+    "A run that nothing happens to, in one process."
+    return kmeans(tmp_path_factory.mktemp("whole")).fit(data)
+
+
+def kmeans(output_dir, n_clusters=K, n_workers=0, **settings):
+    settings = SETTINGS | settings
+    return DistributedKMeans(n_clusters, n_workers=n_workers, output_dir=output_dir, **settings)
+
+
+def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*.npy")}
+
+
+def assert_same(model, whole):
+    assert files(model.output_dir) == files(whole.output_dir)
+    assert model.inertia_ == whole.inertia_ and model.n_iter_ == whole.n_iter_
+    assert model.history_ == whole.history_
+
+
+def test_it_is_kmeans(X, whole):
+    single = KMeans(K, random_state=3).fit(X)
+    assert np.array_equal(single.cluster_centers_, whole.cluster_centers_)
+    assert np.array_equal(single.labels_, whole.labels_)
+    assert single.inertia_ == whole.inertia_ and single.n_iter_ == whole.n_iter_ > 5
+    ids, labels, distances = (np.concatenate(part) for part in zip(*whole.assignments()))
+    assert ids.dtype.kind == "U" and ids.tolist() == names(0, N)
+    exact = np.linalg.norm(X.astype(float) - single.cluster_centers_[labels], axis=1)
+    assert np.allclose(distances, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(metric="cosine"), dict(tol=0.0, max_iter=7), dict(early_stop=0.005), dict(init="random"),
+    dict(init_sample=20)], ids=lambda s: next(iter(s)))
+def test_every_setting_is_kmeans_too(X, data, tmp_path, settings):
+    single = KMeans(K, random_state=3, **settings).fit(X)
+    model = kmeans(tmp_path, **settings).fit(data)
+    assert np.array_equal(single.cluster_centers_, model.cluster_centers_)
+    assert np.array_equal(single.labels_, model.labels_) and single.n_iter_ == model.n_iter_
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+def test_huge_and_tiny_values(X, tmp_path, scale):
+    far = (X * np.float32(scale)).astype(np.float32)
+    write_features(tmp_path / "f.parquet", names(0, N), far)
+    single = KMeans(K, random_state=3).fit(far)
+    model = kmeans(tmp_path / "out").fit(tmp_path / "f.parquet")
+    assert np.array_equal(single.cluster_centers_, model.cluster_centers_)
+    assert single.inertia_ == model.inertia_
+
+
+def test_empty_clusters_are_filled_alike(X, data, tmp_path):
+    far = (np.full((K, D), 1e3) + np.arange(K)[:, None]).astype(np.float32)
+    single = KMeans(K, init=far).fit(X)
+    for rows in 700, 6000:
+        model = kmeans(tmp_path / str(rows), init=far, rows_per_shard=rows).fit(data)
+        assert np.array_equal(single.cluster_centers_, model.cluster_centers_)
+    assert (np.bincount(single.labels_, minlength=K) > 0).all()
+
+
+@pytest.mark.parametrize("n_workers", [2, 4])
+def test_any_number_of_workers_and_any_order_of_names(data, whole, tmp_path, n_workers):
+    urls = [str(data / f"f{n}.parquet") for n in (4, 1, 0, 3, 2)]
+    assert_same(kmeans(tmp_path, n_workers=n_workers).fit(urls), whole)
+
+
+def test_more_workers_than_shards_and_other_cuts(X, data, whole, tmp_path):
+    write_features(tmp_path / "one.parquet", names(0, N), X)
+    model = kmeans(tmp_path / "out", n_workers=2, rows_per_shard=N).fit(tmp_path / "one.parquet")
+    assert len([*model.assignments()]) == 1
+    assert np.array_equal(model.cluster_centers_, whole.cluster_centers_)
+    assert np.array_equal(model.labels_, whole.labels_) and model.inertia_ == whole.inertia_
+
+
+def test_a_uri_is_fetched_and_nothing_of_it_stays(data, whole, tmp_path):
+    assert_same(kmeans(tmp_path).fit(f"file://{data}/f*.parquet"), whole)
+    assert [p.name for p in tmp_path.rglob("*.parquet")] == ["quarantine.parquet"]
+
+
+def test_mixed_column_types(X, tmp_path):
+    half = X.astype(np.float16).astype(np.float32)
+    write_features(tmp_path / "a.parquet", names(0, 2000), half[:2000], dtype="float16")
+    write_features(tmp_path / "b.parquet", names(2000, 4000), half[2000:4000])
+    lists = pa.array([*half[4000:].astype(float)], pa.list_(pa.float64()))
+    pq.write_table(pa.table({"id": names(4000, N), "feature": lists}), tmp_path / "c.parquet")
+    single = KMeans(K, random_state=3).fit(half)
+    mixed = kmeans(tmp_path / "mixed").fit(tmp_path / "*.parquet")
+    assert np.array_equal(mixed.cluster_centers_, single.cluster_centers_)
+    write_features(tmp_path / "half" / "a.parquet", names(0, N), half, dtype="float16")
+    small = kmeans(tmp_path / "small").fit(tmp_path / "half")
+    assert np.array_equal(small.cluster_centers_, single.cluster_centers_)
+
+
+def test_a_worker_dies_in_mid_iteration(data, whole, tmp_path):
+    model, killed = kmeans(tmp_path, n_workers=2), []
+
+    def kill():
+        while not (tmp_path / "iter_2").exists(): time.sleep(0.002)
+        killed.append(next(iter(model._workers.pids.values())))
+        os.kill(killed[0], signal.SIGKILL)
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    model.fit(data)
+    killer.join(5)
+    assert killed and killed[0] not in model._workers.pids.values()
+    assert_same(model, whole)
+
+
+DRIVER = """
+import sys
+from semid.clustering.distributed import DistributedKMeans
+class Slow(DistributedKMeans):
+    def _write_state(self, i, *state):
+        super()._write_state(i, *state)
+        if i == 4:
+            print("there", flush=True)
+            import time
+            time.sleep(60)
+Slow({K}, n_workers=2, output_dir=sys.argv[2], address=sys.argv[3], **{SETTINGS}).fit(sys.argv[1])
+"""
+
+
+def test_a_driver_that_joined_a_cluster_is_killed_and_its_run_resumed(data, whole, tmp_path):
+    code, address = DRIVER.format(K=K, SETTINGS=SETTINGS), ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", code, str(data), str(tmp_path), address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout.readline().strip() == b"there"
+        with pytest.raises(ConfigError, match="Another run is at work"):
+            kmeans(tmp_path).fit(data, resume=True)
+        driver.kill()
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert progress["status"] == "running" and progress["iteration"] == 4
+    with pytest.raises(ConfigError, match="unfinished run"): kmeans(tmp_path).fit(data)
+    assert_same(kmeans(tmp_path).fit(data, resume=True), whole)
+
+
+class Died(Exception): pass
+
+
+@pytest.mark.parametrize("at", ["_write_state", "_finish", "_stage", "_start"])
+def test_a_resumed_run_ends_like_any_other_wherever_it_died(data, whole, tmp_path, at, monkeypatch):
+    def die(*args, **kwargs): raise Died
+    monkeypatch.setattr(DistributedKMeans, at, die)
+    with pytest.raises(Died): kmeans(tmp_path).fit(data)
+    monkeypatch.undo()
+    assert_same(kmeans(tmp_path).fit(data, resume=True), whole)
+
+
+def test_a_finished_run_goes_on_only_where_iterations_were_short(data, whole, tmp_path):
+    assert kmeans(tmp_path, max_iter=3).fit(data).n_iter_ == 3
+    assert_same(kmeans(tmp_path).fit(data, resume=True), whole)
+    before = (tmp_path / "progress.json").stat().st_mtime_ns
+    assert_same(kmeans(tmp_path).fit(data, resume=True), whole)
+    assert (tmp_path / "progress.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(n_clusters=9), "n_clusters=30, not 9"), (dict(metric="cosine"), "metric=l2, not cosine"),
+    (dict(random_state=4), "random_state=3, not 4")])
+def test_resume_refuses_other_settings(data, tmp_path, settings, words):
+    kmeans(tmp_path, max_iter=1).fit(data)
+    with pytest.raises(ConfigError, match=words): kmeans(tmp_path, **settings).fit(data, resume=True)
+
+
+def test_resume_refuses_other_data(X, tmp_path):
+    source, out = tmp_path / "f.parquet", tmp_path / "out"
+    write_features(source, names(0, N), X)
+    kmeans(out, max_iter=1).fit(source)
+    os.utime(source)  # a new time alone is not another file
+    kmeans(out, max_iter=2).fit(source, resume=True)
+    changed = X.copy()
+    changed[5, 5] += 1
+    write_features(source, names(0, N), changed)
+    with pytest.raises(DataError, match="other data"): kmeans(out, max_iter=3).fit(source, resume=True)
+
+
+def spoilt(folder, X):
+    "Files with every kind of trouble, and the rows that can be used."
+    folder.mkdir()
+    bad = X[:1000].astype(object)
+    bad[3, 2], bad[4, 0] = np.nan, np.inf
+    rows = [None if i == 5 else [1.0] if i == 6 else [*map(float, row)] for i, row in enumerate(bad)]
+    ids = [None if i == 7 else "item-00001" if i == 8 else name for i, name in enumerate(names(0, 1000))]
+    table = pa.table({"id": ids, "feature": pa.array(rows, pa.list_(pa.float32()))})
+    pq.write_table(table, folder / "a.parquet")
+    write_features(folder / "b.parquet", names(1000, 4000), X[1000:4000])
+    write_features(folder / "c.parquet", names(4000, N), X[4000:])
+    with open(folder / "c.parquet", "r+b") as file: file.truncate(999)
+    (folder / "d.parquet").write_bytes(b"")
+    return np.delete(X[:4000], [3, 4, 5, 6, 7, 8], axis=0)
+
+
+def test_what_is_bad_is_counted_before_any_worker_sees_it(X, tmp_path):
+    good = spoilt(tmp_path / "data", X)
+    with pytest.raises(DataError, match="can't be used"): kmeans(tmp_path / "no").fit(tmp_path / "data")
+    model = kmeans(tmp_path / "out", max_bad_fraction=0.6).fit(tmp_path / "data")
+    assert np.array_equal(model.cluster_centers_, KMeans(K, random_state=3).fit(good).cluster_centers_)
+    assert model.report_["kept"] == len(good) and model.report_["bad_files"] == 2
+    listed = pq.read_table(tmp_path / "out" / "quarantine.parquet")
+    assert listed.num_rows == 8 and {"NaN", "Inf", "null id", "unreadable"} <= {*listed["reason"].to_pylist()}
+
+
+def test_too_few_rows_and_no_rows(X, tmp_path):
+    write_features(tmp_path / "few.parquet", names(0, 5), X[:5])
+    with pytest.raises(ShapeMismatchError, match="n_samples=5 should be >= n_clusters=30"):
+        kmeans(tmp_path / "o").fit(tmp_path / "few.parquet")
+    with pytest.raises(DataError, match="no Parquet file"): kmeans(tmp_path / "o").fit(tmp_path / "no*.parquet")
+
+
+@pytest.mark.parametrize("keep, left", [(1, 1), (3, 3), (None, None)])
+def test_the_iterations_on_disk_are_bounded(data, whole, tmp_path, keep, left):
+    most = 0
+
+    class Watched(DistributedKMeans):
+        def _note(self, *state):
+            nonlocal most
+            most = max(most, len({p.name.split("_")[1] for p in tmp_path.glob("iter_*_shard_*")}))
+            super()._note(*state)
+    model = Watched(K, n_workers=1, output_dir=tmp_path, keep_iterations=keep, **SETTINGS).fit(data)
+    kinds = [[int(p.name.split("_")[1]) for p in tmp_path.glob(f"iter_*_shard_0_{kind}.npy")]
+             for kind in ("assignments", "ids", "distances")]
+    n = whole.n_iter_ + 1
+    assert all(sorted(kind) == [*range(n - (left or n), n)] for kind in kinds)
+    assert most <= (keep or n) + 1
+    assert not (tmp_path / "staging").exists()
+    assert np.array_equal(model.cluster_centers_, whole.cluster_centers_)
+
+
+def test_the_saved_model_is_one_that_inference_loads(X, whole, tmp_path):
+    whole.save(tmp_path / "model")
+    inference = KMeansInference(tmp_path / "model")
+    assert np.array_equal(inference.predict(X), whole.labels_)
+    assert inference.predict_cluster(X[7]) == whole.labels_[7]
+    about = json.loads((tmp_path / "model" / "metadata.json").read_text())
+    assert about["seed"] == 3 and about["n_samples"] == N and about["inertia"] == whole.inertia_
+
+
+def test_assigning_is_the_same_in_one_process_and_on_ray(X, data, whole, tmp_path):
+    whole.save(tmp_path / "model")
+    for n_workers in (1, 2):
+        n = assign_parquet(tmp_path / "model", data, tmp_path / str(n_workers), n_workers=n_workers)
+        assert n == N
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.parquet")} for n in "12")
+    assert one == two
+    table = pq.read_table(tmp_path / "1" / "assignments")
+    assert np.array_equal(table["cluster"].to_numpy(), whole.labels_)
+    assert table["id"].to_pylist() == names(0, N) == [*read_features(data)[0]]
+
+
+def test_ids_of_any_alphabet(X, tmp_path):
+    ids = [f"ключ-{i}-鍵" * (1 + i % 3) for i in range(100)]
+    write_features(tmp_path / "f.parquet", ids, X[:100])
+    model = kmeans(tmp_path / "out", n_clusters=3)
+    assert next(model.fit(tmp_path / "f.parquet").assignments())[0].tolist() == ids
+    write_features(tmp_path / "z.parquet", ["a\0", "b", "c"], X[:3])
+    with pytest.raises(DataError, match="zero character"): kmeans(tmp_path / "z", 3).fit(tmp_path / "z.parquet")
