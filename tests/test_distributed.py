@@ -58,7 +58,8 @@ def kmeans(output_dir, n_clusters=K, n_workers=0, **settings):
     return DistributedKMeans(n_clusters, n_workers=n_workers, output_dir=output_dir, **settings)
 
 
-def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*.npy")}
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*.npy")}
 
 
 def assert_same(model, whole):
@@ -145,13 +146,13 @@ def test_a_worker_dies_in_mid_iteration(data, whole, tmp_path):
 
     def kill():
         while not (tmp_path / "iter_2").exists(): time.sleep(0.002)
-        killed.append(next(iter(model._workers.pids.values())))
+        killed.append(next(iter(model._workers.ready.values()))["pid"])
         os.kill(killed[0], signal.SIGKILL)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     model.fit(data)
     killer.join(5)
-    assert killed and killed[0] not in model._workers.pids.values()
+    assert killed and killed[0] not in [about["pid"] for about in model._workers.ready.values()]
     assert_same(model, whole)
 
 
@@ -253,7 +254,7 @@ def test_too_few_rows_and_no_rows(X, tmp_path):
     write_features(tmp_path / "few.parquet", names(0, 5), X[:5])
     with pytest.raises(ShapeMismatchError, match="n_samples=5 should be >= n_clusters=30"):
         kmeans(tmp_path / "o").fit(tmp_path / "few.parquet")
-    with pytest.raises(DataError, match="no Parquet file"): kmeans(tmp_path / "o").fit(tmp_path / "no*.parquet")
+    with pytest.raises(DataError, match="no Parquet file"): kmeans(tmp_path / "o").fit(tmp_path / "no*.pq")
 
 
 @pytest.mark.parametrize("keep, left", [(1, 1), (3, 3), (None, None)])
@@ -302,4 +303,5 @@ def test_ids_of_any_alphabet(X, tmp_path):
     model = kmeans(tmp_path / "out", n_clusters=3)
     assert next(model.fit(tmp_path / "f.parquet").assignments())[0].tolist() == ids
     write_features(tmp_path / "z.parquet", ["a\0", "b", "c"], X[:3])
-    with pytest.raises(DataError, match="zero character"): kmeans(tmp_path / "z", 3).fit(tmp_path / "z.parquet")
+    model = kmeans(tmp_path / "z", 3)
+    with pytest.raises(DataError, match="zero character"): model.fit(tmp_path / "z.parquet")

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from semid.features import read_features
 from semid.semantic_ids.encoding import read_ids
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,8 +50,20 @@ def copy(tmp_path_factory):
 def test_every_item_has_an_id_of_its_own(copy):
     manifest = json.loads((copy / "data" / "report" / "manifest.json").read_text())
     unique = read_ids(copy / "data" / "report" / "ids.parquet")["unique_id"].to_pylist()
-    assert len(set(unique)) == manifest["n_items"] == 1797
+    found = json.loads((copy / "data" / "metrics" / "dedup.json").read_text())
+    assert found["kept"] + found["removed"] + found["heldout_kept"] + found["heldout_leaks"] == 1797
+    assert len(set(unique)) == manifest["n_items"] == found["kept"] + found["heldout_kept"]
     assert manifest["parameters"]["chosen"]["n_clusters"] == 16
+
+
+def test_nothing_is_there_twice(copy):
+    kept, X = read_features(copy / "data" / "dedup" / "train.parquet")
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    near = unit @ unit.T
+    np.fill_diagonal(near, 0)
+    assert near.max() < 0.99
+    clusters = pq.read_table(copy / "data" / "clusters" / "assignments.parquet")
+    assert set(kept) <= set(clusters["id"].to_pylist())
 
 
 def test_the_report_holds_the_whole_grid(copy):
@@ -80,7 +95,8 @@ def test_the_runs_hang_under_one_parent(copy):
     assert [r.info.run_id for r in parents] == list({r.data.tags["mlflow.parentRunId"] for r in children})
     assert {r.info.status for r in runs} == {"FINISHED"}
     stages = sorted(r.data.tags["semid.stage"] for r in children)
-    assert stages == ["encode", "features", "fit_ids", "report", "sweep constrained-K16", "sweep kmeans-K16"]
+    assert stages == ["cluster", "dedup", "encode", "features", "fit_ids", "report", "sweep constrained-K16",
+                      "sweep kmeans-K16"]
     report = next(r for r in children if r.data.tags["semid.stage"] == "report")
     assert "relative_mse" in report.data.metrics and report.data.params["report.k"] == "10"
     assert "sweep.csv" in {a.path for a in client.list_artifacts(report.info.run_id)}

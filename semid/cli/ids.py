@@ -25,6 +25,7 @@ def fit(
     clusters: Annotated[str, typer.Option(help="K at every level, or a list such as 64,128,256.")] = "256",
     metric: Metric = Metric.l2,
     balanced: Annotated[bool, typer.Option("--balanced", help="Codes used equally often.")] = False,
+    slack: Annotated[float, typer.Option(help="With --balanced: by what share uses may differ.")] = 0.0,
     max_iter: int = 100,
     n_init: Annotated[int, typer.Option(help="Starts a level; the best is kept.")] = 1,
     seed: Seed = 0,
@@ -39,8 +40,8 @@ def fit(
     from semid.semantic_ids.rq_kmeans import RQKMeans
     each = whole_numbers(clusters, "--clusters")
     model = RQKMeans(levels, each[0] if len(each) == 1 else each, metric=metric.value, max_iter=max_iter,
-                     implementation="constrained" if balanced else "kmeans", n_init=n_init, random_state=seed,
-                     verbose=not quiet)
+                     implementation="constrained" if balanced else "kmeans", slack=slack, n_init=n_init,
+                     random_state=seed, verbose=not quiet)
     source = open_sources(features, id_column, feature_column, max_bad_fraction, quarantine, metric.value)
     _, X = source.read(progress=not quiet)
     model.fit(X, device=device).save(output)

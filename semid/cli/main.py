@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/03_main.ipynb #dc2f9aeb
-from . import clustering, ids  # noqa: F401
+import semid.cli.clustering, semid.cli.ids  # noqa: F401
 from .options import app, run
 
 # %% ../../nbs/cli/03_main.ipynb #a65b1975

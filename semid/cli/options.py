@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'app', 'Sources', 'IdColumn', 'FeatureColumn', 'MaxBad', 
 # %% ../../nbs/cli/00_options.ipynb #a0420762
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,8 +18,9 @@ from ..config import ConfigError, SemidError
 # %% ../../nbs/cli/00_options.ipynb #7fe4e617
 def _dashes(word): return word.replace("_", "-")
 
-COMMANDS = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _dashes})
+COMMANDS: dict[str, Any] = dict(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _dashes})
 app = typer.Typer(help="Embeddings to semantic IDs, and what comes before: cluster, deduplicate; then fit, "
                        "encode, evaluate, sweep.", **COMMANDS)
 

@@ -160,9 +160,10 @@ def _guess(lengths, cluster, cost, mult, price, low, high, most=8):
         if off < K or failed > 1: break
         near = int(n * min(0.3, max(off, 4 * K) / N))
         width = np.partition(gap, near)[near]
-        if not 0 < width < np.inf: break
-        pairs = (best * np.int64(K) + second)[gap < width]
-        weights = np.bincount(pairs, mult[gap < width], K * K).reshape(K, K)
+        close = gap < width
+        if not (0 < width < np.inf and close.any()): break
+        pairs = (best * np.int64(K) + second)[close]
+        weights = np.bincount(pairs, mult[close], K * K).reshape(K, K)
         free = np.full(K, True) if high - low <= 1 else (price != 0) | (sizes != aim)
         step = 2 * width * _newton_step(weights + weights.T, free, sizes - aim)
         moved = price + step.clip(-2 * width, 2 * width)

@@ -165,7 +165,7 @@ class DistributedKMeans:
     def fit(
         self,
         data_urls,     # Parquet files with ids and features: paths, folders, patterns or URIs; one or a list
-        resume=False,  # go on where a run in output_dir ended; start where there is none
+        resume=False,  # go on where a run in output_dir ended; "auto": if it was the same, else start anew
     ) -> "DistributedKMeans":
         "Find the centroids, and label every row."
         columns = dict(id_column=self.id_column, feature_column=self.feature_column)
@@ -175,9 +175,13 @@ class DistributedKMeans:
                 raise ConfigError(f"{self.output_dir} holds an unfinished run: resume it, or remove it.")
             settings = self._settings()
             if progress and resume:
-                _same_settings(self.output_dir, settings, progress)
-                _same_data(self.output_dir, sources, progress)
-            else: progress = self._start_anew(settings)
+                try:
+                    _same_settings(self.output_dir, settings, progress)
+                    _same_data(self.output_dir, sources, progress)
+                except (ConfigError, DataError):
+                    if resume != "auto": raise
+                    resume, progress = False, None
+            if not (progress and resume): progress = self._start_anew(settings)
             if self._is_finished(progress): return self._take(progress)
             stage = self._stage(sources, columns, progress, resume)
             _enough(stage.n, self.n_clusters)

@@ -7,7 +7,7 @@ __all__ = ['Source', 'find_sources', 'what_changed', 'Stage', 'stage_features', 
 
 # %% ../../nbs/clustering/05_shards.ipynb #5a969d8a
 import hashlib, os, shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from .kmeans import normalise_rows
 from .nearest import Codebooks, assign
+from .pool import about_process
 from .rows import Rows, quantise_rows
 from .sums import Survey, _exact_sum, _move, squared_distances
-from ..config import ConfigError, DataError, atomic_path, write_json
+from ..config import ConfigError, DataError, atomic_path, flush_to_disk, write_json
 from ..features import open_features
 
 # %% ../../nbs/clustering/05_shards.ipynb #55c7f618
@@ -203,40 +204,38 @@ def stage_features(
     return stage
 
 # %% ../../nbs/clustering/05_shards.ipynb #2364f40d
-def _fill(file, array):
-    "Read exactly what `array` holds."
-    view = memoryview(array.reshape(-1).view(np.uint8))
-    while len(view):
-        if not (n := file.readinto(view)):
-            raise DataError(f"{file.name} is shorter than it was: run again without resume.")
-        view = view[n:]
+def _mapped(stage, kind, shard, dtype):
+    "A file of a shard, mapped: (n, D)."
+    shape = stage.sizes[shard], stage.dim
+    path, dtype = stage.path(kind, shard), np.dtype(dtype)
+    if path.stat().st_size != shape[0] * shape[1] * dtype.itemsize:
+        raise DataError(f"{path} has not the size that it had: remove {stage.folder}, and run again.")
+    return np.asarray(np.memmap(path, dtype, "c", shape=shape))  # "c": may be written, and never is
 
-def _widen(raw, values):
-    "float16 to float32; torch is several times faster at it."
-    try: import torch
-    except ImportError: values[:] = raw
-    else: torch.from_numpy(values).copy_(torch.from_numpy(raw))
+def _converted(raw, power, size):
+    "Blocks of a mapped matrix as scaled float32: (slice, values), valid until the next."
+    values = np.empty((min(len(raw), size), raw.shape[1]), np.float32)
+    for at in range(0, len(raw), size):
+        s = slice(at, min(at + size, len(raw)))
+        block = values[:s.stop - at]
+        try: import torch
+        except ImportError: block[:] = raw[s]
+        else: torch.from_numpy(block).copy_(torch.from_numpy(raw[s]))  # several times faster for float16
+        yield s, np.ldexp(block, -power, out=block) if power else block
 
-def _blocks(stage, shard, shift=None):
-    "The rows of a shard as (slice, values), or with a shift as (slice, Rows): valid until the next."
-    n, size = stage.sizes[shard], int(np.clip(2**20 // stage.dim, 1024, 16384))
-    values = np.empty((min(n, size), stage.dim), np.float32)
-    raw = values if stage.dtype == "float32" else np.empty(values.shape, stage.dtype)
-    with ExitStack() as stack:
-        file = stack.enter_context(open(stage.path("values", shard), "rb", buffering=0))
-        if shift is not None:
-            small = stack.enter_context(open(stage.path("int8", shard), "rb", buffering=0))
-            scale, error, norm = np.load(stage.path("bounds", shard), allow_pickle=False)
-            quantised = np.empty(values.shape, np.int8)
-        for s in (slice(at, min(at + size, n)) for at in range(0, n, size)):
-            m = s.stop - s.start
-            _fill(file, raw[:m])
-            if raw is not values: _widen(raw[:m], values[:m])
-            if stage.power: np.ldexp(values[:m], -stage.power, out=values[:m])
-            if shift is None: yield s, values[:m]
-            else:
-                _fill(small, quantised[:m])
-                yield s, Rows(values[:m], quantised[:m], scale[s], error[s], norm[s], shift)
+def _blocks(stage, shard):
+    "The rows of a shard as (slice, values), valid until the next."
+    raw = _mapped(stage, "values", shard, stage.dtype)
+    size = int(np.clip(2**20 // stage.dim, 1024, 16384))
+    if raw.dtype == np.float32 and not stage.power: yield slice(0, len(raw)), raw
+    else: yield from _converted(raw, stage.power, size)
+
+def _quantised_blocks(stage, shard, shift):
+    "The rows of a shard as (slice, Rows), valid until the next."
+    small = _mapped(stage, "int8", shard, np.int8)
+    scale, error, norm = np.load(stage.path("bounds", shard), allow_pickle=False)
+    for s, values in _blocks(stage, shard):
+        yield s, Rows(values, small[s], scale[s], error[s], norm[s], shift)
 
 # %% ../../nbs/clustering/05_shards.ipynb #f2779206
 def quantise_shard(
@@ -245,7 +244,7 @@ def quantise_shard(
     shift,           # (D,) float32 that the screen takes off
     n_threads=None,  # threads to use; all by default
 ) -> np.ndarray:     # (n,) float64
-    "Lay down a shard's int8 form, unless it is there; returns the squared distances to the shift."
+    "Lay down a shard's int8 form; returns the squared distances to the shift."
     bounds, gaps = np.empty((3, stage.sizes[shard]), np.float32), np.empty(stage.sizes[shard])
     with atomic_path(stage.path("int8", shard)) as tmp, open(tmp, "wb") as file:
         for s, X in _blocks(stage, shard):
@@ -265,8 +264,7 @@ def take_rows(
     for shard, n in enumerate(stage.sizes):
         at, to = np.searchsorted(numbers, [first, first + n])
         if to > at:
-            values = np.memmap(stage.path("values", shard), stage.dtype, "r", shape=(n, stage.dim))
-            out[at:to] = values[numbers[at:to] - first]
+            out[at:to] = _mapped(stage, "values", shard, stage.dtype)[numbers[at:to] - first]
         first += n
     return np.ldexp(out, -stage.power, out=out) if stage.power else out
 
@@ -285,6 +283,12 @@ def _file(folder, iteration, shard, kind): return Path(folder) / f"iter_{iterati
 def _save(path, array):
     with atomic_path(path) as tmp, open(tmp, "wb") as file: np.save(file, array, allow_pickle=False)
 
+def _save_quickly(path, array):
+    "Whole or not at all, as far as processes die; what a machine loses can be computed again."
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-.tmp")
+    with open(tmp, "wb") as file: np.save(file, array, allow_pickle=False)
+    os.replace(tmp, path)
+
 def _link(source, path):
     "The same file under another name; a copy where that can't be."
     path.unlink(missing_ok=True)
@@ -302,12 +306,12 @@ class _Assign:
         codes, old = np.empty((stage.sizes[shard], 1), np.int32), np.full(stage.sizes[shard], -1, np.int32)
         if job["follow"]: old = np.load(_file(job["folder"], job["iteration"] - 1, shard, "assignments"))
         labels = codes.reshape(-1)
-        for s, rows in _blocks(stage, shard, job["shift"]):
+        for s, rows in _quantised_blocks(stage, shard, job["shift"]):
             assign(rows, self.books, worker.backend, "cpu", worker.n_threads, codes[s])
             moved = np.flatnonzero(labels[s] != old[s])
             _move(rows.values, moved, labels[s], old[s], job["steps"], self.sums)
         self.counts += np.bincount(labels, minlength=len(self.counts))
-        _save(_file(job["folder"], job["iteration"], shard, "assignments"), labels)
+        _save_quickly(_file(job["folder"], job["iteration"], shard, "assignments"), labels)
         _link(stage.path("ids", shard), _file(job["folder"], job["iteration"], shard, "ids"))
     def result(self): return self.sums, self.counts
 
@@ -336,7 +340,8 @@ class _Measure:
     def __init__(self, worker, job): self.worker, self.job, self.sums = worker, job, np.zeros(2)
     def do(self, shard):
         stage, job, gaps = self.worker.stage, self.job, np.empty(self.worker.stage.sizes[shard])
-        labels = np.load(_file(job["folder"], job["iteration"], shard, "assignments"))
+        labels = np.load(path := _file(job["folder"], job["iteration"], shard, "assignments"))
+        flush_to_disk(path)
         for s, X in _blocks(stage, shard):
             gaps[s] = squared_distances(X, job["centroids"], labels[s], self.worker.n_threads)
         self.sums += _exact_sum(gaps, job["steps"])
@@ -352,7 +357,7 @@ class ShardWorker:
     def __init__(self, folder, n_threads=None, backend="auto"):
         self.stage, self.n_threads, self.backend = Stage.open(folder), n_threads, backend
         self.number, self.task = None, None  # type: Any, Any
-    def pid(self) -> int: return os.getpid()
+    def about(self): return about_process()
     def do(self, job, shard):
         "One shard's share of a job."
         if job["number"] != self.number:

@@ -76,7 +76,8 @@ class _Sums:
     "Exact per-cluster sums that follow the labels."
     def __init__(self, X, n_clusters, n_threads=None, survey=None):
         self.X, self.n_threads = X, n_threads or default_threads()
-        self.steps = _steps(len(X), (survey or Survey.of(X, n_threads)).largest)
+        survey = survey or Survey.of(X, n_threads)  # of these rows, or of more that these are a part of
+        self.steps = _steps(survey.n, survey.largest)
         self.sums, self.old = np.zeros((n_clusters, 2, X.shape[1])), np.full(len(X), -1, np.int32)
     def follow(self, labels):
         moved = np.flatnonzero(labels != self.old)

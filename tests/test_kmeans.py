@@ -1,0 +1,272 @@
+"k-means: oracles, cuts that change nothing, cosine, sampling, early stop, empty clusters, models on disk."
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans as SklearnKMeans
+
+from semid.clustering.inference import KMeansInference, read_model, train_local
+from semid.clustering.kmeans import KMeans, lloyd, normalise_rows, sample_rows
+from semid.clustering.sums import Survey, _exact_sum, _gap_steps, _Sums, squared_distances
+from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
+from semid.features import write_features
+
+thorough = settings(max_examples=60, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def blobs(seed, n=1500, dim=9, k=12, spread=0.5):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(k, dim))
+    return (centres[rng.integers(0, k, n)] + rng.normal(0, spread, (n, dim))).astype(np.float32)
+
+
+@thorough
+@given(seeds, st.integers(1, 300), st.integers(1, 70), st.sampled_from([1e-30, 1e-3, 1, 1e18]), st.data())
+def test_sums_and_distances_do_not_know_how_rows_are_cut(seed, n, dim, scale, data):
+    rng = np.random.default_rng(seed)
+    X = (rng.normal(size=(n, dim)) * scale).astype(np.float32)
+    centroids, labels = X[rng.integers(0, n, 4)], rng.integers(0, 4, n).astype(np.int32)
+    cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=4))})
+    order = rng.permutation(n)
+    parts = [order[a:b] for a, b in zip(cuts[:-1], cuts[1:])]
+    survey, joined = Survey.of(X), Survey.of(X[parts[0]])
+    for part in parts[1:]: joined |= Survey.of(X[part])
+    assert joined.n == survey.n and (joined.low == survey.low).all() and (joined.high == survey.high).all()
+    power = survey.power
+    X, centroids, survey = np.ldexp(X, -power), np.ldexp(centroids, -power), survey.scaled(power)
+    steps = _gap_steps(survey, centroids)
+    gaps = squared_distances(X, centroids, labels)
+    assert np.allclose(gaps, ((X.astype(float) - centroids[labels])**2).sum(1), rtol=1e-12)
+    split = sum(_exact_sum(squared_distances(X[p], centroids, labels[p]), steps) for p in parts)
+    assert (split == _exact_sum(gaps, steps)).all()
+    assert (split[0] / steps[0] + split[1] / steps[1]) == pytest.approx(gaps.sum(), rel=1e-9)
+    whole = _Sums(X, 4).follow(labels).sums
+    assert (sum(_Sums(X[p], 4, survey=survey).follow(labels[p]).sums for p in parts) == whole).all()
+
+
+@pytest.mark.parametrize("dim", [1, 7, 32, 33, 100])
+def test_a_row_normalised_alone_is_the_row_normalised_among_others(dim):
+    X = np.random.default_rng(0).normal(size=(5000, dim)).astype(np.float32)
+    whole = normalise_rows(X)
+    assert all((normalise_rows(X[i:i + 3]) == whole[i:i + 3]).all() for i in (0, 1, 4097, 4997))
+    assert np.allclose(np.linalg.norm(whole.astype(float), axis=1), 1, atol=1e-6)
+
+
+@thorough
+@given(seeds, st.integers(1, 10**6), st.integers(1, 500))
+def test_a_sample_is_of_numbers_alone(seed, n, most):
+    picks = sample_rows(n, most, np.random.default_rng(seed))
+    assert len(picks) == min(n, most) and (np.diff(picks) > 0).all() and 0 <= picks[0] and picks[-1] < n
+    evenly = sample_rows(n, most)
+    assert len(evenly) == min(n, most) and (np.diff(evenly) > 0).all() and evenly[-1] < n
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("seed", range(4))
+def test_lloyd_is_scikit_learns_from_the_same_start(seed, metric):
+    X = blobs(seed)
+    start = X[np.random.default_rng(seed).choice(len(X), 12, replace=False)] * 3
+    ours = KMeans(12, init=start, tol=0, max_iter=300, metric=metric).fit(X)
+    if metric == "cosine":  # plain Lloyd, with means scaled to length 1
+        U, C = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (X.astype(float), start.astype(float)))
+        for _ in range(ours.n_iter_):
+            labels = (U @ C.T).argmax(1)
+            means = np.stack([U[labels == k].mean(0) for k in range(12)])
+            C = means / np.linalg.norm(means, axis=1, keepdims=True)
+        labels, centroids = (U @ C.T).argmax(1), C
+        inertia = ((U - C[labels])**2).sum()
+    else:
+        theirs = SklearnKMeans(12, init=start.astype(float), n_init=1, tol=0, max_iter=300, algorithm="lloyd")
+        theirs.fit(X.astype(float))
+        labels, centroids, inertia = theirs.labels_, theirs.cluster_centers_, theirs.inertia_
+    assert (ours.labels_ == labels).all()
+    assert np.allclose(ours.cluster_centers_, centroids, atol=1e-5)
+    assert ours.inertia_ == pytest.approx(inertia, rel=1e-6)
+    assert (ours.predict(X) == ours.labels_).all()
+
+
+@pytest.mark.parametrize("settings", [{}, dict(metric="cosine"), dict(relocate=4), dict(early_stop=1e-3),
+                                      dict(sample_per_cluster=20), dict(init_sample=10), dict(init="random")],
+                         ids=lambda s: next(iter(s), "plain"))
+def test_threads_and_backends_change_nothing(settings):
+    X = blobs(1, n=6000, dim=40, k=40)
+    fits = [KMeans(40, random_state=0, **settings, **how).fit(X) for how in
+            (dict(n_threads=1), dict(n_threads=3), dict(backend="numpy"), dict(backend="torch"))]
+    for fit in fits[1:]:
+        assert (fit.cluster_centers_ == fits[0].cluster_centers_).all() and fit.inertia_ == fits[0].inertia_
+        assert (fit.labels_ == fits[0].labels_).all() and fit.n_iter_ == fits[0].n_iter_
+    assert (fits[0].predict(X) == fits[0].labels_).all()
+    exact = squared_distances(normalise_rows(X) if "metric" in settings else X, fits[0].cluster_centers_,
+                              fits[0].labels_).sum()
+    assert fits[0].inertia_ == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_loop_asks_only_for_sums():
+    "Data that are two halves, each with sums of its own, give what one array gives."
+    X = blobs(2)
+    start, survey = X[:12].copy(), Survey.of(X)
+    whole = KMeans(12, init=start, early_stop=1e-4).fit(X)
+
+    class Halves:
+        def __init__(self):
+            from semid.clustering.kmeans import _InMemory
+            from semid.clustering.rows import quantise_rows
+            shift = X[:7].mean(0)
+            rows = [quantise_rows(part, shift=shift) for part in (X[:400], X[400:])]
+            self.parts = [_InMemory(part, survey, 12) for part in rows]
+            self.steps, self.shift = self.parts[0].steps, shift[None]
+            self.around = sum(part.around for part in self.parts)
+        def assign(self, centroids):
+            for part in self.parts: part.assign(centroids)
+        def totals(self): return (sum(v) for v in zip(*(part.totals() for part in self.parts)))
+        def inertia(self, centroids):
+            from semid.clustering.kmeans import _inertia
+            return _inertia(self, centroids)
+        def variance(self):
+            from semid.clustering.kmeans import _variance
+            return _variance(self)
+    *_, (centroids, _, _) = lloyd(Halves(), start, early_stop=1e-4)
+    assert (centroids == whole.cluster_centers_).all()
+
+
+def test_relocation_with_the_cosine_helps_as_it_does_without():
+    rng = np.random.default_rng(3)
+    places = rng.normal(size=(15, 6))
+    X = (places[rng.integers(0, 15, 3000)] * rng.uniform(0.5, 9, (3000, 1))).astype(np.float32)
+    X += rng.normal(0, 0.02, X.shape).astype(np.float32)
+    crowded = X[:15] * 0 + X[0] + rng.normal(0, 0.01, (15, 6)).astype(np.float32)
+    stuck = KMeans(15, metric="cosine", init=crowded).fit(X)
+    moved = KMeans(15, metric="cosine", init=crowded, relocate=10).fit(X)
+    assert moved.inertia_ < stuck.inertia_
+    assert np.allclose(np.linalg.norm(moved.cluster_centers_, axis=1), 1, atol=1e-6)
+    assert (moved.predict(X) == moved.labels_).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_relocation_survives_clusters_that_stay_empty(metric):
+    X = np.repeat(np.eye(3, 5, dtype=np.float32), 40, axis=0)
+    with np.errstate(all="raise"):
+        model = KMeans(8, metric=metric, relocate=5, random_state=0, max_iter=60).fit(X)
+    assert model.inertia_ == 0 and np.isfinite(model.cluster_centers_).all()
+
+
+@thorough
+@given(seeds, st.integers(2, 12), st.booleans())
+def test_no_cluster_stays_empty_where_rows_are_enough(seed, k, cosine):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(60, 4)).astype(np.float32)
+    start = np.repeat(rng.normal(size=(1, 4)) * 50, k, axis=0).astype(np.float32)  # all in one place
+    model = KMeans(k, init=start, metric="cosine" if cosine else "l2", max_iter=200).fit(X)
+    assert (np.bincount(model.labels_, minlength=k) > 0).all()
+
+
+def test_early_stop_ends_where_the_curve_flattens():
+    X = np.random.default_rng(0).normal(size=(20_000, 8)).astype(np.float32)
+    fits = {share: KMeans(100, init=X[:100], tol=0, early_stop=share).fit(X) for share in (0.0, 1e-3, 1e-2)}
+    assert fits[0.0].n_iter_ > fits[1e-3].n_iter_ > fits[1e-2].n_iter_ >= 2
+    assert fits[1e-2].inertia_ < 1.05 * fits[0.0].inertia_
+    n = fits[1e-3].n_iter_
+    curve = [KMeans(100, init=X[:100], tol=0, max_iter=m).fit(X).inertia_ for m in (n - 2, n - 1, n)]
+    assert (curve[0] - curve[1]) / curve[0] >= 1e-3 > (curve[1] - curve[2]) / curve[1]
+
+
+def test_a_sample_trains_and_everything_is_labelled():
+    X = blobs(4, n=20_000, spread=0.2)
+    full, part = (KMeans(12, random_state=0, sample_per_cluster=s).fit(X) for s in (None, 50))
+    assert len(part.labels_) == 20_000 and part.n_samples_ == 20_000
+    assert part.inertia_ < 1.1 * full.inertia_
+    trained = KMeans(12, random_state=0, sample_per_cluster=10**6).fit(X)
+    assert (trained.cluster_centers_ == full.cluster_centers_).all()
+
+
+def test_starts_that_are_given():
+    X = blobs(5)
+    ours = KMeans(12, init=X[:12], n_init=7).fit(X)  # an array is one start
+    assert (ours.cluster_centers_ == KMeans(12, init=X[:12]).fit(X).cluster_centers_).all()
+    cosine = [KMeans(12, init=start, metric="cosine").fit(X) for start in (X[:12], normalise_rows(X[:12]))]
+    assert (cosine[0].cluster_centers_ == cosine[1].cluster_centers_).all()
+    best = KMeans(12, n_init=6, random_state=0, init="random").fit(X)
+    assert best.inertia_ <= KMeans(12, random_state=0, init="random").fit(X).inertia_
+
+
+@pytest.mark.parametrize("settings, error, words", [
+    (dict(metric="dot"), ConfigError, "metric"), (dict(init="best"), ConfigError, "init"),
+    (dict(n_init=0), ConfigError, "n_init"), (dict(early_stop=1.0), ConfigError, "early_stop"),
+    (dict(tol=-1), ConfigError, "tol"), (dict(sample_per_cluster=0), ConfigError, "sample_per_cluster"),
+    (dict(init=np.eye(3)), ShapeMismatchError, "D=9"),
+    (dict(init=np.ones((3, 9))), ShapeMismatchError, "init has 3"),
+    (dict(init=np.full((12, 9), np.nan)), DataError, "NaN"),
+    (dict(init=np.zeros((12, 9)), metric="cosine"), DataError, "zero vectors")])
+def test_settings_that_make_no_sense(settings, error, words):
+    with pytest.raises(error, match=words): KMeans(12, **settings).fit(blobs(6))
+
+
+def saved(path, **changes):
+    "A model folder, with changes to its metadata."
+    KMeans(3, random_state=0).fit(np.random.default_rng(0).normal(size=(50, 4))).save(path)
+    if changes:
+        from safetensors.numpy import load, save
+        whole = (path / "model.safetensors").read_bytes()
+        about = json.loads((path / "metadata.json").read_text()) | changes
+        (path / "model.safetensors").write_bytes(save(load(whole), {"semid": json.dumps(about)}))
+    return path
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_model_comes_back_whole(tmp_path, metric):
+    X = blobs(7)
+    model = KMeans(12, metric=metric, random_state=5).fit(X)
+    for name in "ab": model.save(tmp_path / name)
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"}) == 1
+    again, inference = KMeans.load(tmp_path / "a"), KMeansInference(tmp_path / "a")
+    assert (again.predict(X) == model.labels_).all() and (inference.predict(X) == model.labels_).all()
+    assert again.random_state == 5 and again.inertia_ == model.inertia_ and inference.metric == metric
+    assert [inference.predict_cluster(x) for x in X[:20].tolist()] == model.labels_[:20].tolist()
+    with pytest.raises(NotFittedError): KMeans(3).save(tmp_path / "c")
+
+
+def test_metadata_for_people_are_enough_where_the_tensors_have_none(tmp_path):
+    from safetensors.numpy import load, save
+    path = saved(tmp_path / "m")
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(save(load(whole)))
+    assert read_model(path)[1]["type"] == "KMeans"
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(type="RQKMeans"), "Invalid model type: RQKMeans"), (dict(metric="dot"), "metric"),
+    (dict(n_clusters=4), "don't fit"), (dict(D=2), "don't fit"), (dict(sha256="0"), "sha256")])
+def test_metadata_that_do_not_fit_are_refused(tmp_path, changes, words):
+    with pytest.raises(ModelFormatError, match=words): KMeansInference(saved(tmp_path / "m", **changes))
+
+
+@thorough
+@given(at=st.integers(0, 800), noise=st.binary(min_size=1, max_size=20))
+def test_no_damage_is_loaded_as_another_model(tmp_path_factory, at, noise):
+    path = tmp_path_factory.mktemp("m") / "model"
+    good = saved(path)
+    centroids = read_model(good)[0]
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[:at] + noise + whole[at + len(noise):])
+    try: damaged = read_model(path)[0]
+    except ModelFormatError: return
+    assert np.array_equal(damaged, centroids)
+
+
+@pytest.mark.parametrize("name", ["m.pkl", "m.joblib", "m.pt", "m.bin", "kmeans.npy"])
+def test_pickles_are_never_opened(tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ModelFormatError, match="never opened"): KMeansInference(tmp_path / name)
+    with pytest.raises((DataError, ModelFormatError)): train_local(tmp_path / name, 2)
+
+
+def test_training_from_files(tmp_path):
+    X = blobs(8)
+    np.save(tmp_path / "x.npy", X)
+    write_features(tmp_path / "x.parquet", np.arange(len(X)), X)
+    models = [train_local(tmp_path / name, 12, tmp_path / "model") for name in ("x.npy", "x.parquet")]
+    assert (models[0].cluster_centers_ == models[1].cluster_centers_).all()
+    assert (KMeansInference(tmp_path / "model").predict(X) == models[0].labels_).all()
