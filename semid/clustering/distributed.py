@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .inference import KMeansInference, write_model
 from .kmeans import _check_settings, _enough, _given, _inertia, _quantised_sample, _variance
 from .kmeans import lloyd, normalise_rows, sample_rows
-from .pool import open_pool
+from .pool import about_process, open_pool
 from .seeding import kmeans_plus_plus
 from .shards import ShardWorker, Stage, _fetched, _file, _keep_farthest, _save, find_sources
 from .shards import stage_features, take_rows, what_changed
@@ -267,6 +267,7 @@ class DistributedKMeans:
             written.result()
         self._note(data, centroids, progress)
         self.seconds_ = [*seconds[1:], time.perf_counter() - at]
+        self.peak_memory_ = [about["peak"] for about in self._workers.about()]
         self._finish(data, centroids, progress, "max_iter" if i - first == most else "converged")
 
     def _write_state(self, i, centroids, moved, progress, power):
@@ -340,7 +341,7 @@ class _ClusterWriter:
     "Writes the clusters of blocks of rows."
     def __init__(self, model_path, folder, n_threads=None):
         self.model, self.folder = KMeansInference(model_path, n_threads=n_threads), Path(folder)
-    def pid(self) -> int: return os.getpid()
+    def about(self): return about_process()
     def do(self, job, block):
         number, ids, X = block
         if self.model.metric == "cosine": X = normalise_rows(X)
