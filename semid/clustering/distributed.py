@@ -6,7 +6,7 @@
 __all__ = ['DistributedKMeans', 'assign_parquet']
 
 # %% ../../nbs/clustering/05_distributed.ipynb #109be7be
-import hashlib, json, os, shutil, time
+import hashlib, json, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

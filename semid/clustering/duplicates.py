@@ -192,7 +192,7 @@ _FILES = "kept", "removed", "items", "pairs", "sampled"
 def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def _save(result, path):
-    import semid
+    from semid import __version__
     tables = dict(kept=pa.table(dict(id=pa.array(result.kept, pa.string()))), removed=result.removed,
                   items=result.items, pairs=result.pairs, sampled=result.sampled)
     for name in _FILES:
@@ -201,7 +201,7 @@ def _save(result, path):
                    estimated_miss_rate=result.estimated_miss_rate)
     hashes = {f"{name}.parquet": _sha256(path / f"{name}.parquet") for name in _FILES}
     write_json(path / "manifest.json", dict(
-        type="Duplicates", semid_version=semid.__version__, threshold=result.threshold,
+        type="Duplicates", semid_version=__version__, threshold=result.threshold,
         counts=result.counts(), **figures, about=result.about, sha256=hashes))
     return path
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..config import ConfigError, SemidError
 
 # %% ../../nbs/clustering/05_pool.ipynb #605a4728
-def about_process() -> dict[str, int]:  # pid; peak: bytes of memory held at most, or 0 where that is not known
+def about_process() -> dict[str, int]:  # pid; peak: bytes of memory held at most, 0 if unknown
     "What is worth knowing of this process."
     try: status = Path("/proc/self/status").read_text()
     except OSError: return {"pid": os.getpid(), "peak": 0}
@@ -76,7 +76,15 @@ class _RayPool:
         while not run.finished(): run.step()
         return list(run.results.values())
 
-    def about(self): return self.ray.get([worker.about.remote() for worker in self.ready])
+    def about(self):
+        "What is worth knowing of the workers' processes, of those that answer."
+        waiting = [worker.about.remote() for worker in self.ready]
+        done, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=10) if waiting else ([], [])
+        answers = []
+        for ref in done:
+            try: answers.append(self.ray.get(ref))
+            except self.ray.exceptions.RayError: continue
+        return answers
 
     def close(self):
         for worker in [*self.ready, *self.starting.values()]: self.ray.kill(worker)
