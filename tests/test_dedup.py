@@ -182,7 +182,7 @@ def files(tmp_path_factory):
 def ray():
     ray = pytest.importorskip("ray")
     started = not ray.is_initialized()
-    if started: search._start_ray(2, None)
+    if started: ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**28)
     yield ray
     if started: ray.shutdown()
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from .duplicates import Duplicates
 from .kmeans import KMeans, normalise_rows
-from .nearest import as_matrix, over_blocks
+from .rows import as_matrix, over_blocks
 from .pairs import (_SLACK, Stored, _int_products, _screen, count_pairs, cut_tiles,
                                     prepare_search, search_on_ray, search_tiles, squared_lengths)
 from ..config import ConfigError, DataError, ShapeMismatchError, atomic_path

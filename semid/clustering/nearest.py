@@ -17,9 +17,6 @@ from .rows import exact_squares, over_blocks, quantise_rows
 from ..config import ConfigError, ShapeMismatchError
 from ..config import device as pick_device
 
-from .rows import _one_blas_thread  # noqa: F401
-_dot, _products, _squares, _FAST = exact_dot, exact_products, exact_squares, ANY_ORDER  # TODO
-
 # %% ../../nbs/clustering/00_nearest.ipynb #667f7b88
 class Codebooks:
     "Centroids of one or more levels, prepared for assignment."

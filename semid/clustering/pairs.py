@@ -18,10 +18,11 @@ from numba import njit
 from tqdm.auto import tqdm
 
 from .kmeans import normalise_rows
-from .nearest import (_FAST, Codebooks, _dot, _squares, assign, backend_of, over_blocks,
-                                      quantise_rows)
+from .nearest import Codebooks, assign, backend_of
+from .pool import _start_ray
+from .rows import ANY_ORDER, exact_dot, exact_squares, over_blocks, quantise_rows
 from .sums import squared_distances
-from ..config import ConfigError, DataError
+from ..config import DataError
 
 # %% ../../nbs/clustering/05_pairs.ipynb #45a944c7
 def squared_lengths(
@@ -30,7 +31,7 @@ def squared_lengths(
 ) -> np.ndarray:     # (N,) float64
     "Squared length of every row, summed in a fixed order."
     out = np.empty(len(X))
-    over_blocks(lambda s: _squares(X[s], out[s]), len(X), n_threads, 4096)
+    over_blocks(lambda s: exact_squares(X[s], out[s]), len(X), n_threads, 4096)
     return out
 
 @njit(nogil=True, cache=True)
@@ -38,7 +39,7 @@ def _cosines(X, squares, a, b, out):
     part = np.empty(32)
     for n in range(len(a)):
         i, j = a[n], b[n]
-        out[n] = min(_dot(X, i, X, j, part) / np.sqrt(squares[i] * squares[j]), 1.0)
+        out[n] = min(exact_dot(X, i, X, j, part) / np.sqrt(squares[i] * squares[j]), 1.0)
 
 def cosines(
     X,        # (N, D) float32
@@ -172,14 +173,14 @@ def count_pairs(
 # %% ../../nbs/clustering/05_pairs.ipynb #4a056a6b
 _SLACK = 1e-5  # more than all roundings of the screen: lengths are about 1, and float32 rounds by 6e-8
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=ANY_ORDER)
 def _how_many(products, scales, scale, levels, cut):
     n = np.int32(0)
     for j in range(len(products)):
         n += np.int32(np.float32(products[j]) * scales[j] * scale + levels[j] >= cut)
     return n
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=ANY_ORDER)
 def _screen(products, row, column, ahead, floor):
     "Places of the pairs in a block whose cosine may reach `floor`: (n, 2); columns < ahead + row only."
     (n, m), width = products.shape, 128
@@ -215,8 +216,8 @@ def screen_form(
 
 @njit(nogil=True, cache=True)
 def _levels(units, shift, out, part):
-    half = _dot(shift, 0, shift, 0, part) / 2
-    for i in range(len(units)): out[i] = _dot(units, i, shift, 0, part) - half
+    half = exact_dot(shift, 0, shift, 0, part) / 2
+    for i in range(len(units)): out[i] = exact_dot(units, i, shift, 0, part) - half
 
 # %% ../../nbs/clustering/05_pairs.ipynb #cd9c061b
 @dataclass
@@ -364,10 +365,9 @@ def search_on_ray(
     progress=False, # show a bar
 ):                  # sorted pairs, see `join_pairs`
     "Search every tile, in Ray tasks."
-    try: import ray
-    except ImportError: raise ImportError("n_workers needs Ray: pip install 'semid[ray]'.") from None
-    mine, found, waiting = not ray.is_initialized(), [], {}  # type: tuple[bool, list, dict]
-    if mine: _start_ray(n_workers, address)
+    ray, mine = _start_ray(n_workers, 1, address, 200 * 2**20)
+    found: list = []
+    waiting: dict = {}
     try:
         task, shared, n = ray.remote(num_cpus=1)(_search_piece), ray.put(search), 0
         pieces = iter(cut_work(tiles, 8 * n_workers))
@@ -385,14 +385,3 @@ def search_on_ray(
     finally:
         for ref in waiting: ray.cancel(ref, force=True)
         if mine: ray.shutdown()
-
-def _start_ray(n_workers, address):
-    "Join a cluster, or start a small Ray here."
-    import logging, os
-    import ray
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here: dict[str, Any] = dict(num_cpus=n_workers, include_dashboard=False, object_store_memory=200 * 2**20)
-    try: ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
-                  **({} if address else here))
-    except (ConnectionError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"Ray can't be reached at address={address!r}: {e}") from None
