@@ -62,7 +62,7 @@ def test_a_set_against_another(shards, tmp_path):
     (["kmeans", "train", "--model-path", "m"], "--data-urls"),
     (["kmeans", "train", "--model-path", "m", "--data-urls", "nothing/*.parquet"], "no Parquet file"),
     (["kmeans", "train-local", "--features-path", "x.pkl", "--output-path", "m"], "pickle"),
-    (["kmeans", "assign", "--model-path", "none", "--data-urls", "{}", "--output-dir", "o"], "no KMeans model"),
+    (["kmeans", "assign", "--model-path", "none", "--data-urls", "{}", "--output-dir", "o"], "no KMeans"),
     (["dedup", "{}", "-o", "o", "--threshold", "1.5"], "threshold"),
     (["dedup", "{}", "-o", "o", "--clusters", "many"], "whole numbers"),
 ])

@@ -372,3 +372,14 @@ def test_memory_does_not_grow_with_the_vectors(tmp_path):
         peaks[n] = int(run.stdout)
     assert peaks[80_000] - peaks[20_000] < 100, peaks  # 60,000 more vectors and their int8 form are 176 MiB
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_no_rows_at_all(tmp_path):
+    write_features(tmp_path / "none.parquet", [], np.empty((0, 4), np.float32))
+    write_features(tmp_path / "some.parquet", ["a", "b"], np.eye(2, 4, dtype=np.float32))
+    for against in (None, tmp_path / "some.parquet"):
+        result = SemanticDeduplicator(0.9).deduplicate(tmp_path / "none.parquet", against=against)
+        assert result.counts() == dict(rows_in=0, kept=0, removed=0, quarantined=0) and not len(result.kept)
+        write_kept(result, tmp_path / "none.parquet", tmp_path / "kept.parquet")
+        result.save(tmp_path / "result")
+        assert Duplicates.load(tmp_path / "result").duplicate_ratio == 0

@@ -130,6 +130,8 @@ def dedup(
     model: Annotated[Path | None, typer.Option(help="k-means model whose clusters are the buckets.")] = None,
     n_workers: Annotated[int, typer.Option(help="Ray processes, the result is the same; 0: none.")] = 0,
     address: Address = None,
+    staging: Annotated[Path | None, typer.Option(help="Temporary files, for all machines to see.")] = None,
+    max_pairs: Annotated[int, typer.Option(help="Refuse to hold more pairs of duplicates.")] = 10**8,
     seed: Seed = 0,
     id_column: IdColumn = "id",
     feature_column: FeatureColumn = "feature",
@@ -141,13 +143,15 @@ def dedup(
     from semid.clustering.dedup import SemanticDeduplicator, write_kept
     columns = dict(id_column=id_column, feature_column=feature_column)
     search = SemanticDeduplicator(
-        threshold, "auto" if clusters == "auto" else whole_numbers(clusters, "--clusters")[0], probes=probes,
-        keep=keep, random_state=seed, model=model, n_workers=n_workers, address=address, **columns,
-        max_bad_fraction=max_bad_fraction, quarantine=quarantine, verbose=not quiet)
+        threshold, clusters if clusters == "auto" else whole_numbers(clusters, "--clusters", 1)[0],
+        probes=probes, keep=keep, random_state=seed, model=model, n_workers=n_workers, address=address,
+        staging=staging, max_pairs=max_pairs, **columns, max_bad_fraction=max_bad_fraction,
+        quarantine=quarantine, verbose=not quiet)
     result = search.deduplicate(features, against=against or None)
     result.save(output)
     if kept is not None: write_kept(result, features, kept, **columns)
     n, missed = result.counts(), result.estimated_miss_rate
     typer.echo(f"{output}: {n['kept']:,} of {n['rows_in']:,} items kept, {n['removed']:,} removed "
                f"({result.exact_duplicate_ratio:.1%} are exact copies), {n['quarantined']:,} quarantined"
-               + ("" if missed is None else f"; {missed:.1%} of the pairs are missed, by a sample"))
+               + ("" if missed is None or result.about["exhaustive"]
+                  else f"; {missed:.1%} of the pairs are missed, by a sample"))

@@ -52,8 +52,10 @@ def open_sources(sources, id_column, feature_column, max_bad_fraction, quarantin
     return open_features(sources, id_column, feature_column, metric=metric, max_bad_fraction=max_bad_fraction,
                          quarantine=quarantine)
 
-def whole_numbers(text, name) -> list[int]:
+def whole_numbers(text, name, most=None) -> list[int]:
     "A list such as 64,128,256."
-    try: return [int(part) for part in text.split(",")]
+    try: found = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{name} takes whole numbers with commas between, not {text!r}.") from None
+    if most and len(found) > most: raise ConfigError(f"{name} takes {most} of them, not {text!r}.")
+    return found

@@ -41,7 +41,8 @@ def _bounds(n, n_clusters, size_min, size_max):
     "The bounds as whole numbers: no bound where one is None, and the most equal sizes where both are."
     if size_min is None and size_max is None: return n // n_clusters, -(-n // n_clusters)
     low, high = 0 if size_min is None else size_min, n if size_max is None else size_max
-    if int(low) != low or int(high) != high: raise ConfigError("size_min and size_max must be whole numbers.")
+    whole = [isinstance(b, int | np.integer) or isinstance(b, float) and b.is_integer() for b in (low, high)]
+    if not all(whole): raise ConfigError("size_min and size_max must be whole numbers, or None for no bound.")
     if not 0 <= low <= high: raise ConfigError(f"Sizes from {low} to {high}: need 0 <= size_min <= size_max.")
     if not n_clusters * low <= n <= n_clusters * high:
         raise ConfigError(f"{n} items don't fit into {n_clusters} clusters of {low} to {high} items: "
@@ -268,9 +269,9 @@ def assign_costs_with_bounds(
     costs = np.asarray(costs)
     if costs.dtype.kind not in "fiub" or costs.ndim != 2 or not costs.size:
         raise ShapeMismatchError(f"costs must be an (N, K) matrix of numbers: {costs.dtype} {costs.shape}.")
+    costs = costs if costs.dtype == np.float32 else costs.astype(np.float64, copy=False)
     check_finite(costs, "costs")
     low, high = _bounds(len(costs), costs.shape[1], size_min, size_max)
-    costs = costs.astype(np.float64) if costs.dtype.kind in "iub" else costs
     table = _Costs(np.ascontiguousarray(costs), np.empty((0, costs.shape[1])), np.zeros(costs.shape[1]))
     return _balanced(table, _representatives(costs, n_threads), costs.shape[1], low, high, None, n_threads)
 

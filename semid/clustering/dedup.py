@@ -174,7 +174,7 @@ def _collect(sources, folder, seed, n_threads):
                 if file: file.write(np.ascontiguousarray(X, "<f4").data)
                 else: kept.append(X)
     n = sum(counts)
-    if not counts[0]: raise DataError("There is no row that can be compared.")
+    if not counts[0]: return None
     whole = None if path else kept[0] if len(kept) == 1 else np.concatenate(kept)
     stored = Stored((n, dim), np.float32, path, whole)
     column = pa.chunked_array(columns).combine_chunks() if columns else None
@@ -300,7 +300,24 @@ class SemanticDeduplicator:
             folder = on_disk and stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="semid-dedup-", dir=self.staging))
             collected = _collect(sources, folder or None, self.random_state, self.n_threads)
+            if collected is None: return self._nothing(sources, within)
             return self._search(collected, sources, within, folder or None)
+
+    def _about(self, sources, within, n_clusters, sampled, exhaustive):
+        "What was searched and how, in plain numbers."
+        return dict(collected_at=self.threshold, within=within, exhaustive=exhaustive, keep=self.keep,
+                    n_clusters=n_clusters, probes=min(self.probes, n_clusters), sampled_items=sampled,
+                    random_state=self.random_state, rows_in=sources[0].rows, compared=0,
+                    against_rows=sources[1].rows if len(sources) > 1 else 0)
+
+    def _nothing(self, sources, within):
+        "What becomes of no rows."
+        types = dict(id=pa.large_string(), group=pa.int64(), first=pa.bool_(), cluster=pa.int32(),
+                     old=pa.bool_())
+        items = pa.table({name: pa.nulls(0, kind) for name, kind in types.items()})
+        pairs = pa.table(dict(a=np.empty(0, np.int32), b=np.empty(0, np.int32), cosine=np.empty(0)))
+        about = self._about(sources, within, 0, 0, True)
+        return Duplicates(self.threshold, items, pairs, pa.table(dict(cosine=[], seen=[])), about)
 
     def _search(self, collected, sources, within, folder):
         firsts, groups = group_equal(collected.hashes)
@@ -327,11 +344,8 @@ class SemanticDeduplicator:
         by = np.lexsort(ends[::-1])
         pairs = pa.table(dict(a=ends[0][by], b=ends[1][by], cosine=cosines[by]))
         by = np.lexsort((seen[1], seen[0]))
-        about = dict(collected_at=self.threshold, within=within, exhaustive=exhaustive, keep=self.keep,
-                     n_clusters=len(centroids), probes=min(self.probes, len(centroids)),
-                     random_state=self.random_state, sampled_items=len(sample), rows_in=sources[0].rows,
-                     compared=count_pairs(ready.borders, within),
-                     against_rows=sources[1].rows if len(sources) > 1 else 0)
+        about = self._about(sources, within, len(centroids), len(sample), exhaustive)
+        about["compared"] = count_pairs(ready.borders, within)
         sampled = pa.table(dict(cosine=seen[0][by], seen=seen[1][by]))
         return Duplicates(self.threshold, items, pairs, sampled, about)
 
@@ -359,7 +373,7 @@ def write_kept(
 ) -> Path:            # `path`
     "Write the items that are kept as a features file, in memory that does not grow."
     source = _Source(features, ids, max_bad_fraction=1., id_column=id_column, feature_column=feature_column)
-    wanted = result.items["id"].slice(0, len(result.items) - pc.sum(result.items["old"]).as_py())
+    wanted = result.items["id"].slice(0, len(result.items) - int(result.items["old"].to_numpy().sum()))
     stays, at = np.zeros(len(wanted), bool), 0
     stays[result.kept_rows] = True
     with FeatureWriter(path, source.dim, dtype) as writer:

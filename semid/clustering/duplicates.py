@@ -129,11 +129,10 @@ class Duplicates:
 
     @property
     def estimated_miss_rate(self) -> float | None:
-        "The share of the pairs within the threshold, of sampled items, that the search did not compare."
+        "Of the pairs that sampled items are in, the share that was not compared; None if they are in none."
         if self.about["exhaustive"]: return 0.
-        if not self.about["sampled_items"]: return None
         near = self.sampled.filter(pc.field("cosine") >= self.threshold)["seen"].to_numpy()
-        return float(1 - near.mean()) if len(near) else 0.
+        return float(1 - near.mean()) if len(near) else None
 
     def plot(self, images, n=12, **options):
         "A gallery of removed items beside what is kept in their place; see `plot_pairs`."
@@ -158,7 +157,7 @@ def _picture(image):
 
 def plot_pairs(
     removed,       # Arrow table: id, kept_id, cosine
-    images,        # mapping or function from id to array, PIL image or the bytes of an image file
+    images,        # mapping, function or list from id to array, PIL image or the bytes of an image file
     n=12,          # pairs to show at most
     closest=None,  # True: the most similar, False: the least similar; a random sample by default
     exact=False,   # show pairs with cosine 1 too
@@ -172,7 +171,8 @@ def plot_pairs(
     if closest is None:
         order = order[np.sort(np.random.default_rng(seed).choice(len(order), few, replace=False))]
     pairs = removed.take(order[::-1][:few] if closest else order[:few]).to_pylist()
-    look = images if callable(images) else images.__getitem__
+    by_name = callable(images) or isinstance(images, Mapping)
+    look = images if callable(images) else lambda key: images[key if by_name else int(key)]
     across = min(4, max(1, len(pairs)))
     figure, axes = plt.subplots(-(-len(pairs) // across) or 1, across, squeeze=False, layout="constrained",
                                 figsize=(2.6 * across, 1.7 * (-(-len(pairs) // across) or 1)))
@@ -209,8 +209,11 @@ def _load(path):
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["type"] != "Duplicates": raise ValueError(f"it holds a {manifest['type']}")
-        for name, wanted in manifest["sha256"].items():
-            if _sha256(path / name) != wanted: raise ValueError(f"{name} is not the file that was saved")
+        for name in _FILES:
+            if _sha256(path / f"{name}.parquet") != manifest["sha256"][f"{name}.parquet"]:
+                raise ValueError(f"{name}.parquet is not the file that was saved")
+        if not manifest["about"]["collected_at"] <= manifest["threshold"] <= 1:
+            raise ValueError("its threshold is not one of these pairs")
         tables = {name: pq.read_table(path / f"{name}.parquet") for name in ("items", "pairs", "sampled")}
         return Duplicates(manifest["threshold"], **tables, about=manifest["about"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:

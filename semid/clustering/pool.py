@@ -7,7 +7,8 @@ __all__ = ['about_process', 'open_pool']
 
 # %% ../../nbs/clustering/05_pool.ipynb #e032544a
 import os
-from collections import deque
+from collections import Counter, deque
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,16 @@ class _JobRun:
         self.deaths, self.given_out = 0, False
 
     def _hand_out(self):
-        "Two items at a time for every worker that is ready."
-        for worker in self.pool.ready:
-            while sum(w is worker for w, _ in self.running.values()) < 2:
-                item = self.again.popleft() if self.again else next(self.items, None)
-                if item is None:
-                    self.given_out = True
-                    return
-                self.running[worker.do.remote(self.job, item)] = worker, item
+        "An item for every worker that is ready, and then a second one to wait for it."
+        busy = Counter(worker for worker, _ in self.running.values())
+        for most, worker in product((1, 2), self.pool.ready):
+            if busy[worker] >= most: continue
+            item = self.again.popleft() if self.again else next(self.items, None)
+            if item is None:
+                self.given_out = True
+                return
+            self.running[worker.do.remote(self.job, item)] = worker, item
+            busy[worker] += 1
 
     def finished(self):
         "Hand out what there is; when nothing is left, collect the results."

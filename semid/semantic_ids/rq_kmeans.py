@@ -24,7 +24,9 @@ from .formatting import codes_to_ids
 def _sizes(n, n_clusters, slack):
     "Least and largest size of clusters that may differ from n / n_clusters by the share `slack`."
     least, most = n * (1 - slack) / n_clusters, n * (1 + slack) / n_clusters
-    return max(0, min(int(np.ceil(least)), n // n_clusters)), max(int(most), -(-n // n_clusters))
+    hair = 1e-9 * n  # what the products above may be off
+    least = max(0, min(int(np.ceil(least - hair)), n // n_clusters))
+    return least, max(int(most + hair), -(-n // n_clusters))
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #2e3943b4
 def _constrained_centroids(
