@@ -311,7 +311,8 @@ class SemanticDeduplicator:
                     against_rows=sources[1].rows if len(sources) > 1 else 0)
 
     def _nothing(self, sources, within):
-        "What becomes of no rows."
+        "What becomes of no rows; rows of which none can be used are an error."
+        if sources[0].rows: raise DataError("There is no row that can be compared.")
         types = dict(id=pa.large_string(), group=pa.int64(), first=pa.bool_(), cluster=pa.int32(),
                      old=pa.bool_())
         items = pa.table({name: pa.nulls(0, kind) for name, kind in types.items()})
