@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 
 from .rows import ANY_ORDER, LazyRows, as_matrix, check_finite, exact_dot, exact_products
-from .rows import exact_squares, over_blocks, quantise_rows
-from ..config import ConfigError, ShapeMismatchError
+from .rows import exact_squares, over_blocks, prefetch_row, quantise_rows
+from ..config import ConfigError, ShapeMismatchError, default_threads
 from ..config import device as pick_device
 
 # %% ../../nbs/clustering/00_nearest.ipynb #667f7b88
@@ -133,26 +133,30 @@ def _keep(few, low, n, least):
     return stay
 
 @njit(nogil=True, cache=True, fastmath=ANY_ORDER)
-def _product(X, i, shift, C, k):
-    "(X[i] - shift)·C[k] in float32, in any order."
+def _product(x, C, k):
+    "x·C[k] in float32, in any order."
     product = np.float32(0)
-    for j in range(X.shape[1]): product += (X[i, j] - shift[j]) * C[k, j]
+    for j in range(len(x)): product += x[j] * C[k, j]
     return product
 
 @njit(nogil=True, cache=True)
-def _narrow(X, i, shift, C, at, known, few, low, n, norm, norms, roundings, slack, floor):
+def _narrow(X, i, shift, x, C, at, known, few, low, n, norm, norms, roundings, slack, floor):
     "Narrow the survivors' intervals by float32 products, the likeliest first; returns how many stay."
-    best = low[:n].argmin()
+    if i + 1 < len(X): prefetch_row(X, i + 1)  # a row that was hard to screen is seldom the only one
+    for j in range(len(x)): x[j] = X[i, j] - shift[j]
+    best = 0
+    for m in range(n):
+        if low[m] < low[best]: best = m
     likely = few[best]
     wide = roundings * norm * norms[likely] + slack[likely] + floor
-    score = known[likely] - _product(X, i, shift, C, at + likely)
+    score = known[likely] - _product(x, C, at + likely)
     least, low[best] = score + wide, score - wide
     n = _keep(few, low, n, least)
     for m in range(n if n > 1 else 0):
         k = few[m]
         if k == likely: continue
         wide = roundings * norm * norms[k] + slack[k] + floor
-        score = known[k] - _product(X, i, shift, C, at + k)
+        score = known[k] - _product(x, C, at + k)
         low[m], least = score - wide, min(least, score + wide)
     return _keep(few, low, n, least)
 
@@ -180,7 +184,7 @@ def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales
     K, start, slack = to - at, half32[at:to], slack[at:to]
     scales, errors, norms = scales[at:to], errors[at:to], norms[at:to]
     known, score, low = np.empty(K, np.float32), np.empty(K + 1, np.float32), np.empty(K, np.float32)
-    bits, few = score.view(np.int32), np.empty(K + 1, np.int32)
+    bits, few, x = score.view(np.int32), np.empty(K + 1, np.int32), np.empty(X.shape[1], np.float32)
     longest, coarsest, most = norms.max(), errors.max(), slack.max()
     farthest, roundings = reach[at:to].max(), np.float32((X.shape[1] + 32) * 2.0**-24 * 1.01)
     for i in range(len(X)):
@@ -201,7 +205,7 @@ def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales
             least = _intervals(score, few, n, error[i], whole, errors, norms, slack, floor, low)
             n = _keep(few, low, n, least)
             if n > 1:
-                n = _narrow(X, i, shift, shifted, at, now, few, low, n, norm[i], norms, roundings, slack,
+                n = _narrow(X, i, shift, x, shifted, at, now, few, low, n, norm[i], norms, roundings, slack,
                             floor)
         else:
             n = K
@@ -329,6 +333,10 @@ def assign(
     _assign_blocks(screen(books), rows, books, codes, n_threads, done, len(rows))
     return codes
 
+def _block(n, width, n_threads):
+    "Rows a block: worth its call, its `width` products a row in cache, and several blocks a thread."
+    return max(512, min(2**20 // width, n // (4 * (n_threads or default_threads()))))
+
 def _assign_blocks(screen, rows, books, codes, n_threads, start, stop):
     "Codes of the rows from `start` to `stop`, block by block; returns the number of exact products."
     products, scales, errors = screen
@@ -341,7 +349,8 @@ def _assign_blocks(screen, rows, books, codes, n_threads, start, stop):
         return sum(_assign_level(level, P, r.values, rows.shift, scale, error, r.norm, books.rows.values,
                                  scales, errors, books.rows.norm, *known, *exact, codes[s])
                    for level in range(len(books.levels)))
-    return sum(over_blocks(work, stop - start, n_threads))
+    block = _block(stop - start, len(books.centroids), n_threads)
+    return sum(over_blocks(work, stop - start, n_threads, block))
 
 # %% ../../nbs/clustering/00_nearest.ipynb #2e2ddd5d
 def nearest(
