@@ -286,12 +286,16 @@ def test_what_cannot_be_compared_is_counted(tmp_path):
 
 def test_clear_refusals(tmp_path):
     X, ids = near_copies(50)
-    wrong = dict(threshold=0), dict(threshold=1.5), dict(n_clusters=0), dict(probes=0), dict(n_workers=-1)
+    wrong = dict(threshold=0), dict(threshold=1.5), dict(n_clusters=0), dict(probes=0), dict(n_workers=-1), \
+        dict(max_bad_fraction=1.5)
     for options in wrong:
         with pytest.raises(ConfigError): SemanticDeduplicator(**options)
     finder = SemanticDeduplicator()
     with pytest.raises(ConfigError, match="priority"): SemanticDeduplicator(keep="score").deduplicate(X, ids)
     with pytest.raises(DataError, match="unique"): finder.deduplicate(X, ["a"] * 50)
+    with pytest.raises(DataError, match="spelling"): finder.deduplicate(X, np.arange(50) / 2)
+    no_text = [b"\xff%d" % i for i in range(50)]
+    with pytest.raises(DataError, match="be read"): finder.deduplicate(X, no_text)
     with pytest.raises(DataError, match="null"): finder.deduplicate(X, [None, *ids[1:]])
     with pytest.raises(ShapeMismatchError): finder.deduplicate(X, ids[1:])
     with pytest.raises(ShapeMismatchError, match="D=24"): finder.deduplicate(X, against=X[:, :3])

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from .duplicates import Duplicates
 from .kmeans import KMeans, normalise_rows
 from .rows import as_matrix, over_blocks
-from .pairs import (_SLACK, Stored, _int_products, _screen, count_pairs, cut_tiles,
-                                    prepare_search, search_on_ray, search_tiles, squared_lengths)
+from .pairs import _SLACK, Stored, _int_products, _screen, count_pairs, cut_tiles
+from .pairs import prepare_search, search_on_ray, search_tiles, squared_lengths
 from ..config import ConfigError, DataError, ShapeMismatchError, atomic_path
 from ..features import Features, FeatureWriter, open_features
 
@@ -34,11 +34,13 @@ def _is_path(source):
 
 def _texts(ids, n):
     "Ids as arrow strings: unique, none missing."
-    try: texts = pa.array(np.arange(n) if ids is None else ids, from_pandas=True)
+    try:
+        texts = pa.array(np.arange(n) if ids is None else ids, from_pandas=True)
+        if isinstance(texts, pa.ChunkedArray): texts = texts.combine_chunks()
+        if pa.types.is_floating(texts.type): raise TypeError("they are floats, which have no one spelling")
+        texts = texts.cast(pa.large_string())
     except (pa.ArrowException, TypeError, ValueError) as e:
         raise DataError(f"The ids can't be read as one list of strings or integers: {e}.") from None
-    if isinstance(texts, pa.ChunkedArray): texts = texts.combine_chunks()
-    texts = texts.cast(pa.large_string())
     if len(texts) != n: raise ShapeMismatchError(f"There are {n} rows and {len(texts)} ids: give one a row.")
     if texts.null_count: raise DataError("An id is null: every row needs one.")
     if len(pc.unique(texts)) != n: raise DataError("An id is there twice: ids must be unique.")
@@ -270,6 +272,8 @@ class SemanticDeduplicator:
         if n_clusters != "auto" and n_clusters < 1: raise ConfigError("n_clusters is 'auto' or at least 1.")
         if min(probes, block_rows, max_iter, sample_per_cluster) < 1:
             raise ConfigError("probes, block_rows, max_iter and sample_per_cluster must be at least 1.")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction is a share, from 0 to 1, not {max_bad_fraction}.")
         if min(n_workers, miss_sample) < 0: raise ConfigError("n_workers and miss_sample can't be negative.")
         self.threshold, self.n_clusters, self.probes, self.keep = float(threshold), n_clusters, probes, keep
         self.random_state, self.model, self.n_workers, self.address = random_state, model, n_workers, address
