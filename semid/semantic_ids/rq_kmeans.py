@@ -8,16 +8,18 @@ __all__ = ['RQKMeans']
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #b4c86438
 import hashlib, io, json, operator, zipfile, zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..clustering.balanced import BalancedKMeans, assign_with_bounds
 from ..clustering.kmeans import KMeans, normalise_rows
-from ..clustering.nearest import Codebooks, assign
-from ..clustering.rows import LazyRows, as_matrix, check_finite
+from ..clustering.nearest import Codebooks
+from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
+from .beam import encode_rows
 from .formatting import codes_to_ids
 
 # %% ../../nbs/semantic_ids/01_rq_kmeans.ipynb #da812ada
@@ -142,26 +144,35 @@ class RQKMeans:
         if seed < 0: raise ConfigError(f"random_state must be a whole number from 0, not {seed}.")
         return np.random.default_rng([seed, level])
 
+    def latents(
+        self,
+        X,             # (N, D) floats
+        first=0,       # number of the first row in errors
+    ) -> np.ndarray:   # (N, D) float32
+        "What the codebooks quantise: the rows of X, of length 1 for cosine."
+        self._fitted()
+        return _rows_of(self._checked(X), self.metric, first)
+
+    def _checked(self, X):
+        "X as it is where it fits, else as a matrix or one clear error."
+        if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == self.D_ and len(X): return X
+        return as_matrix(X, dim=self.D_)
+
     def encode(
         self,
         X,                # (N, D) floats
         *,
         device="cpu",     # where the screen runs; the codes are the same on every device
         batch_size=None,  # rows at a time; bounds memory, changes nothing else
-    ) -> np.ndarray:      # (N, L) int32
+        beam_size=1,      # prefixes that are followed at each level: 1 is greedy, more come nearer
+        return_alternatives=None,  # m: the m best codes and their costs instead, at most `beam_size`
+    ) -> Any:             # (N, L) int32; with alternatives (N, m, L) int32 and their (N, m) squared distances
         "Codes of the rows of X: per level, the centroid nearest to what is left, prices added if it has any."
         books = self._books()
-        if not (isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == self.D_ and len(X)):
-            X = as_matrix(X, dim=self.D_)
-        codes, step = np.empty((len(X), self.n_levels), np.int32), 65536 if batch_size is None else batch_size
-        if step < 1: raise ConfigError("batch_size must be at least 1.")
-        starts = range(0, len(X), step)
-        quiet = not self.verbose or len(starts) < 2
-        for i in tqdm(starts, desc="RQ-KMeans encode", unit="batch", disable=quiet):
-            part = _rows_of(X[i:i + step], self.metric, i)
-            rows = LazyRows(part, books.shift, first=i)
-            assign(rows, books, self.backend, device, self.n_threads, codes[i:i + step])
-        return codes
+        return encode_rows(
+            self._checked(X), books, self.latents, beam_size=beam_size,
+            return_alternatives=return_alternatives, batch_size=batch_size, backend=self.backend,
+            device=device, n_threads=self.n_threads, progress="RQ-KMeans encode" if self.verbose else None)
 
     def decode(
         self,

@@ -1,0 +1,96 @@
+"Beam search ranks as float64 would, whatever the data, the blocks, the threads, the backend."
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semid import RQKMeans
+from semid.clustering.nearest import Codebooks, device_products
+from semid.clustering.rows import LazyRows, exact_dot
+from semid.config import ConfigError
+from semid.semantic_ids.beam import _search_blocks, search
+
+
+def slowly(X, books, beam_size):
+    "The same search with every score exact and a plain sort: (codes, scores) of every row."
+    part, o = np.empty(32), books.offsets
+    for i in range(len(X)):
+        beams = [(0.0, ())]
+        for level in range(len(books.levels)):
+            longer = []
+            for score, codes in beams:
+                for k in range(o[level], o[level + 1]):
+                    known = books.half_norms[k]
+                    for j, c in enumerate(codes): known += books.tables[o[j] + c, k]
+                    known -= exact_dot(X, i, books.centroids, k, part)
+                    longer.append((score + known, (*codes, k - o[level])))
+            beams = sorted(longer)[:beam_size]
+        yield np.array([codes for _, codes in beams]), np.array([score for score, _ in beams])
+
+
+def made_up(kind, rng, n, dim, sizes):
+    X = rng.normal(size=(n, dim))
+    levels = [rng.normal(size=(K, dim)) / (level + 1) for level, K in enumerate(sizes)]
+    if kind == "grid": X, levels = np.rint(X), [np.rint(C) for C in levels]  # ties everywhere
+    if kind == "midway": X = (levels[0][rng.integers(0, sizes[0], n)] + levels[0][0]) / 2
+    if kind == "huge and tiny": X *= 10.0 ** rng.integers(-12, 12, (n, 1))
+    if kind == "offset": X, levels[0] = X + 1e4, levels[0] + 1e4
+    for C in levels: C[-1] = C[0]  # the same twice
+    return X.astype(np.float32), [C.astype(np.float32) for C in levels]
+
+
+@pytest.mark.parametrize("kind", ["random", "grid", "midway", "huge and tiny", "offset"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 20), dim=st.integers(1, 40),
+       sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), beam=st.integers(1, 12),
+       priced=st.booleans())
+def test_ranks_as_an_exact_search(kind, seed, n, dim, sizes, beam, priced):
+    rng = np.random.default_rng(seed)
+    X, levels = made_up(kind, rng, n, dim, sizes)
+    books = Codebooks(levels, prices=[rng.random(K) for K in sizes] if priced else None)
+    best = min(beam, int(np.prod(sizes)))
+    every = [(where, search(LazyRows(X, books.shift), books, beam, best, **where)) for where in (
+        dict(backend="numpy", n_threads=1), dict(backend="torch", n_threads=2), dict())]
+    out = np.empty((n, best, len(sizes)), np.int32), np.empty((n, best))
+    _search_blocks(device_products(books, "cpu"), LazyRows(X, books.shift), books, beam, out, 1, 0, n)
+    for i, (codes, scores) in enumerate(slowly(X, books, beam)):
+        for _, (got, costs) in [*every, ("device", out)]:
+            assert np.array_equal(got[i], codes[:best])
+            assert np.array_equal(costs[i], exact_dot(X, i, X, i, np.empty(32)) + 2 * scores[:best])
+
+
+def test_widest_beam_finds_the_nearest_code_of_all():
+    rng = np.random.default_rng(0)
+    X, levels = made_up("random", rng, 200, 8, [6, 5, 4])
+    books = Codebooks(levels)
+    codes, costs = search(LazyRows(X, books.shift), books, beam_size=120, n_best=1)
+    every = np.array(list(itertools.product(range(6), range(5), range(4))))
+    sums = sum(levels[level][every[:, level]].astype(np.float64) for level in range(3))
+    gaps = ((X[:, None].astype(np.float64) - sums)**2).sum(-1)
+    assert np.allclose(costs[:, 0], gaps.min(1)) and np.array_equal(codes[:, 0], every[gaps.argmin(1)])
+
+
+def test_a_model_encodes_the_same_however_it_is_asked(tmp_path):
+    rng = np.random.default_rng(0)
+    X = np.repeat(rng.normal(size=(150, 24)), 2, 0).astype(np.float32)
+    for options in ({}, {"implementation": "constrained"}, {"metric": "cosine"}):
+        model = RQKMeans(3, [7, 16, 5], random_state=0, **options).fit(X)
+        codes, costs = model.encode(X, beam_size=6, return_alternatives=4)
+        model.save(tmp_path / "model")
+        again = RQKMeans.load(tmp_path / "model")
+        again.n_threads, again.backend = 1, "numpy"
+        one = [again.encode(X[i:i + 1], beam_size=6, return_alternatives=4) for i in range(0, 300, 7)]
+        assert np.array_equal(np.concatenate([c for c, _ in one]), codes[::7])
+        assert np.array_equal(np.concatenate([c for _, c in one]), costs[::7])
+        assert np.array_equal(codes[::2], codes[1::2])
+        assert len({tuple(c) for c in codes[0]}) == 4
+
+
+def test_beams_that_make_no_sense():
+    X = np.random.default_rng(0).normal(size=(50, 4))
+    model = RQKMeans(2, 3, random_state=0).fit(X)
+    for options in ({"beam_size": 0}, {"return_alternatives": 2}, {"return_alternatives": 0},
+                    {"beam_size": 20, "return_alternatives": 10}):
+        with pytest.raises(ConfigError): model.encode(X, **options)
