@@ -9,15 +9,16 @@ from conftest import residual_codes
 
 from semid import RQKMeans, SemanticIdEngine
 
-FILES = "engine integration metrics rq_kmeans token_format uniqueness validation".split()
+FILES = "engine integration metrics rq_kmeans sinkhorn_resolver token_format uniqueness validation".split()
 
 # what a user of semantic-id imports, and where semid has it
 ALIASES = {
     "semantic_id.algorithms.rq_kmeans": "semid.semantic_ids.rq_kmeans",
+    "semantic_id.algorithms.rq_vae": "semid.semantic_ids.rq_vae",
     "semantic_id.core": "semid.semantic_ids.formatting",
     "semantic_id.engine": "semid.semantic_ids.engine",
     "semantic_id.exceptions": "semid.config",
-    "semantic_id.uniqueness.resolver": "semid.semantic_ids.uniqueness",
+    "semantic_id.uniqueness.resolver": "semid.semantic_ids.resolvers",
     "semantic_id.uniqueness.stores": "semid.semantic_ids.uniqueness",
     "semantic_id.utils.metrics": "semid.semantic_ids.metrics",
 }

@@ -12,6 +12,7 @@ from sklearn.metrics import ndcg_score
 
 from semid.config import ConfigError, DataError, ShapeMismatchError
 from semid.semantic_ids import metrics as M
+from semid.semantic_ids import neighbours
 
 seeds = st.integers(0, 2**32 - 1)
 metrics = st.sampled_from(["hierarchical", "hamming"])
@@ -108,7 +109,7 @@ def test_without_ties_they_are_the_textbook_formulas():
     found = [i for i in M.find_similar(codes, 0, k)[0]]
     near = M.nearest_neighbours(X, k)
     row = list(near.queries).index(0)
-    hit, gain = M._expected(near, codes, "hierarchical")
+    hit, gain = neighbours._expected(near, codes, "hierarchical")
     assert hit[row].sum() == len(set(true) & set(found))
     assert list(gain[row]) == [k - true.index(i) if i in true else 0 for i in found]
 
@@ -217,10 +218,10 @@ def test_use_of_the_codebooks(seed, n, levels, k_codes):
 @given(seeds, st.integers(1, 40), st.integers(1, 4), metrics)
 def test_group_sizes_and_distances(seed, n, levels, metric):
     codes = np.random.default_rng(seed).integers(0, 3, (n, levels))
-    sizes = M._group_sizes(codes, np.arange(n), metric)
+    sizes = neighbours._group_sizes(codes, np.arange(n), metric)
     for q in range(n):
         distance = code_distances_from(codes, q, metric)
-        assert M._code_distance(codes[q], codes, metric).tolist() == distance
+        assert neighbours._code_distance(codes[q], codes, metric).tolist() == distance
         others = [d for i, d in enumerate(distance) if i != q]
         assert sizes[q].tolist() == np.bincount(others, minlength=levels + 1).tolist()
 

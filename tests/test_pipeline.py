@@ -16,7 +16,7 @@ from semid.semantic_ids.encoding import read_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-GRID = {"implementation": ["kmeans", "constrained"], "n_clusters": [16]}
+GRID = {"implementation": ["kmeans", "constrained"], "n_clusters": [16], "slack": [0, 0.5], "seed": [0]}
 
 
 def run(folder, *words):
@@ -68,7 +68,9 @@ def test_nothing_is_there_twice(copy):
 
 def test_the_report_holds_the_whole_grid(copy):
     lines = (copy / "data" / "report" / "sweep.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 4  # a head, and every length of both points
+    assert len(lines) == 1 + 3 * 4  # a head, and every length of the three points
+    best = json.loads((copy / "data" / "report" / "recommendation.json").read_text())
+    assert best["reasons"][0].startswith("Recommended: ") and best["point"]["n_clusters"] == 16
 
 
 def test_the_measured_codes_are_those_of_the_measured_vectors(copy):
@@ -95,8 +97,11 @@ def test_the_runs_hang_under_one_parent(copy):
     assert [r.info.run_id for r in parents] == list({r.data.tags["mlflow.parentRunId"] for r in children})
     assert {r.info.status for r in runs} == {"FINISHED"}
     stages = sorted(r.data.tags["semid.stage"] for r in children)
-    assert stages == ["cluster", "dedup", "encode", "features", "fit_ids", "report", "sweep constrained-K16",
-                      "sweep kmeans-K16"]
+    assert stages == ["cluster", "dedup", "encode", "features", "fit_ids", "report", "sweep"]
+    swept = next(r for r in children if r.data.tags["semid.stage"] == "sweep")
+    assert "constrained-K16-slack0.5-seed0.relative_mse" in swept.data.metrics
+    history = client.get_metric_history(swept.info.run_id, "kmeans-K16-seed0.bits")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
     report = next(r for r in children if r.data.tags["semid.stage"] == "report")
     assert "relative_mse" in report.data.metrics and report.data.params["report.k"] == "10"
     assert "sweep.csv" in {a.path for a in client.list_artifacts(report.info.run_id)}
@@ -105,5 +110,20 @@ def test_the_runs_hang_under_one_parent(copy):
 def test_again_runs_nothing_and_forced_gives_the_same_bytes(copy):
     lock = (copy / "dvc.lock").read_bytes()
     assert "up to date" in run(copy, "dvc", "repro")
+    shutil.rmtree(copy / "data" / "sweep")  # which would else be kept
     run(copy, "dvc", "repro", "-f", "-q")
     assert (copy / "dvc.lock").read_bytes() == lock
+
+
+def test_one_more_point_is_one_more_fit(copy):
+    points = copy / "data" / "sweep" / "points"
+    before = {path.name: path.stat().st_mtime_ns for path in points.glob("*.json")}
+    settings = yaml.safe_load((copy / "params.yaml").read_text())
+    settings["sweep"]["grid"] |= {"n_clusters": [16, 8], "slack": [0.5]}
+    (copy / "params.yaml").write_text(yaml.safe_dump(settings))
+    run(copy, "dvc", "repro", "-q", "sweep")
+    after = {path.name: path.stat().st_mtime_ns for path in points.glob("*.json")}
+    assert set(after) == {f"{kind}-K{K}{rest}-seed0.json" for K in (8, 16)
+                          for kind, rest in (("kmeans", ""), ("constrained", "-slack0.5"))}
+    kept = set(before) & set(after)
+    assert len(kept) == 2 and all(before[name] == after[name] for name in kept)

@@ -14,7 +14,7 @@ import typer
 
 from .options import Device, FeatureColumn, Format, IdColumn, MaxBad, Metric, Quarantine, Quiet, Seed
 from .options import Sources, app, open_sources, whole_numbers
-from ..config import atomic_path, save_figure, write_json
+from ..config import ConfigError, SemidError, write_json
 
 # %% ../../nbs/cli/01_ids.ipynb #6d0d127e
 @app.command()
@@ -105,28 +105,60 @@ def evaluate(
     else: write_json(output, report)
 
 # %% ../../nbs/cli/01_ids.ipynb #ee66ccda
-def _point(file, wanted, compute):
-    "The rows in `file` if it was made from `wanted`, else what `compute` gives, written to it."
-    if file.is_file():
-        try: known = json.loads(file.read_text())
-        except json.JSONDecodeError: known = {}
-        if known.get("made_from") == wanted: return known["rows"]
-    rows = compute()
-    write_json(file, {"made_from": wanted, "rows": rows})
-    return rows
+_KINDS, _SIZES, _SLACKS, _SEEDS = ["kmeans"], ["64,128,256"], ["0"], ["0"]
 
+def _values(words, name, kind) -> list:
+    "The values of an option that may hold commas and may come again and again."
+    what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
+    try: return [kind(part.strip()) for word in words for part in word.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name} takes {what} with commas between, not {','.join(words)!r}.") from None
+
+def _settings(text, name) -> dict:
+    "Settings that are given as JSON."
+    try: found = json.loads(text)
+    except ValueError: found = None
+    if isinstance(found, dict): return found
+    raise ConfigError(f"{name} takes settings as JSON, such as {{\"epochs\": 50}}, not {text!r}.")
+
+def _show(run, table, best, k, say):
+    "What a sweep did and found, in words."
+    for note in run.notes: say(f"{note}.")
+    say(f"{len(run.made)} points fitted, {len(run.found)} were there"
+        + (f", {len(run.removed)} that are not in the grid removed" if run.removed else ""))
+    shown = ["implementation", "n_clusters", "slack", "seed", "n_levels", "bits", "collision_rate",
+             "relative_mse", f"recall_at_{k}"]
+    shown = [name for name in shown if name in table and not table[name].isna().all()]
+    say(table[shown].to_string(index=False, float_format="%.4f", na_rep="-"))
+    say(str(best))
+
+# %% ../../nbs/cli/01_ids.ipynb #d1b660b6
 @app.command()
 def sweep(
     features: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for table, plots and points.")],
-    levels: Annotated[int, typer.Option(help="The most levels; every shorter length is reported.")] = 4,
-    clusters: Annotated[str, typer.Option(help="Codebook sizes K.")] = "64,128,256",
-    balanced: Annotated[bool, typer.Option("--balanced", help="Also with codes used equally often.")] = False,
+    output: Annotated[Path, typer.Option("--output-dir", "--output", "-o", help="Folder for points, table, "
+                                         "pictures, recommendation and the recommended model.")],
+    implementation: Annotated[list[str], typer.Option(help="kmeans, constrained (balanced), "
+                              "rq_vae, rq_kmeans_plus.")] = _KINDS,
+    n_clusters: Annotated[list[str], typer.Option("--n-clusters", "--clusters", help="Sizes K.")] = _SIZES,
+    slack: Annotated[list[str], typer.Option(help="constrained: by what share sizes may differ.")] = _SLACKS,
+    seeds: Annotated[list[str], typer.Option("--seeds", "--seed", help="Each is a fit of its own.")] = _SEEDS,
+    n_levels: Annotated[int, typer.Option("--n-levels", "--levels", help="The most levels L; every shorter "
+                                          "length is reported.")] = 4,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Add constrained to implementations.")] = False,
     metric: Metric = Metric.l2,
-    max_collision_rate: Annotated[float, typer.Option(help="What the best point must keep to.")] = 0.05,
+    max_iter: Annotated[int, typer.Option(help="Iterations a level, at most.")] = 100,
+    n_init: Annotated[int, typer.Option(help="Starts a level; the best is kept.")] = 1,
+    rq_vae: Annotated[str, typer.Option(help='For rq_vae, rq_kmeans_plus: JSON, as {"epochs": 9}.')] = "{}",
+    heldout: Annotated[Path | None, typer.Option(help="Vectors that no fit sees, measured too.")] = None,
     k: Annotated[int, typer.Option(help="Neighbours for recall and NDCG.")] = 10,
-    max_iter: int = 100,
-    seed: Seed = 0,
+    max_collision_rate: Annotated[float, typer.Option(help="The recommended point keeps to this.")] = 0.05,
+    max_relative_mse: Annotated[float | None, typer.Option(help="The same for distortion.")] = None,
+    max_bits: Annotated[float | None, typer.Option(help="The same for the length.")] = None,
+    n_workers: Annotated[int, typer.Option(help="Points at a time, on Ray; 1 is in this process.")] = 1,
+    n_threads: Annotated[int | None, typer.Option(help="Of a worker; cores are shared out.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster, such as auto.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Fit all, or what is missing.")] = False,
     device: Device = "auto",
     id_column: IdColumn = "id",
     feature_column: FeatureColumn = "feature",
@@ -134,36 +166,24 @@ def sweep(
     quarantine: Quarantine = None,
     quiet: Quiet = False,
 ):
-    "Fit a grid over L and K, and show what each costs and brings."
+    "Fit a grid over implementation, L, K, slack and seed; show what each costs and brings, recommend one."
     import pandas as pd
-    from tqdm.auto import tqdm
-    from semid.sources import data_fingerprint
-    from semid.semantic_ids import plots
-    from semid.semantic_ids.metrics import nearest_neighbours
-    from semid.semantic_ids.rq_kmeans import RQKMeans
-    from semid.semantic_ids.sweep import best_point, comparable, grid_points, sweep_point
-    source = open_sources(features, id_column, feature_column, max_bad_fraction, quarantine, metric.value)
-    ids, X = source.read(progress=not quiet)
-    settings = dict(n_levels=levels, metric=metric.value, max_iter=max_iter, random_state=seed)
-    made_from, rows, neighbours = {"data": data_fingerprint(ids, X), "k": k, **settings}, [], None
-    kinds = ["kmeans", "constrained"] if balanced else ["kmeans"]
-    points = grid_points(kinds, whole_numbers(clusters, "--clusters"))
-    for name, K in tqdm(points, desc="sweep", disable=quiet):
-        def compute(name=name, K=K):
-            nonlocal neighbours
-            if neighbours is None and k < len(X):
-                neighbours = nearest_neighbours(comparable(X, metric.value), k)
-            model = RQKMeans(n_clusters=K, implementation=name, **settings).fit(X, device=device)
-            return sweep_point(X, model, k=k, neighbours=neighbours, device=device)
-        rows += _point(output / "points" / f"{name}-K{K}.json", made_from, compute)
-    table = pd.DataFrame(rows)
-    with atomic_path(output / "sweep.csv") as tmp: table.to_csv(tmp, index=False)
-    save_figure(plots.plot_collisions(rows), output / "collisions.png")
-    save_figure(plots.plot_mse_bits(rows), output / "mse_bits.png")
-    save_figure(plots.plot_sweep_heatmap(rows), output / "heatmap.png")
-    shown = ["implementation", "n_clusters", "n_levels", "bits", "collision_rate", "relative_mse"]
-    if f"recall_at_{k}" in table: shown.append(f"recall_at_{k}")
-    typer.echo(table[shown].to_string(index=False, float_format="%.4f"))
-    best = best_point(rows, max_collision_rate)
-    typer.echo(f"best: {best['implementation']}, L={best['n_levels']}, K={best['n_clusters']}, collisions "
-               f"{best['collision_rate']:.4f}; pictures in {output}")
+    from semid.semantic_ids.grid import grid_points, run_grid
+    from semid.semantic_ids.sweep import load_point, write_sweep
+    kinds = _values(implementation, "--implementation", str)
+    if balanced and "constrained" not in kinds: kinds.append("constrained")
+    points = grid_points(kinds, _values(n_clusters, "--n-clusters", int), _values(slack, "--slack", float),
+                         _values(seeds, "--seeds", int))
+    read = lambda paths: open_sources(paths, id_column, feature_column, max_bad_fraction, quarantine,
+                                      metric.value).read(progress=not quiet)[1]
+    X, unseen = read(features), read([heldout]) if heldout else None
+    run = run_grid(points, X, output / "points", unseen, n_levels, k, metric.value, n_workers=n_workers,
+                   n_threads=n_threads, address=address, device=device, fresh=fresh, progress=not quiet,
+                   max_iter=max_iter, n_init=n_init, rq_vae=_settings(rq_vae, "--rq-vae"))
+    if not run.rows: raise SemidError(run.trouble())
+    best = write_sweep(run.rows, output, max_collision_rate, max_relative_mse=max_relative_mse,
+                       max_bits=max_bits)
+    _show(run, pd.DataFrame(run.rows), best, k, typer.echo)
+    load_point(output / "points", best.point).save(output / "model")
+    typer.echo(f"Table, pictures and the recommended model are in {output}")
+    if run.failed: raise SemidError(run.trouble())

@@ -10,7 +10,7 @@ from semid import RQKMeans
 from semid.clustering.nearest import Codebooks, device_products
 from semid.clustering.rows import LazyRows, exact_dot
 from semid.config import ConfigError
-from semid.semantic_ids.beam import _search_blocks, search
+from semid.semantic_ids.coding import _search_blocks, search
 
 
 def slowly(X, books, beam_size):
