@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid import RQKMeans
-from semid.clustering.nearest import Codebooks, device_products
+from semid.clustering.nearest import Codebooks, assign, device_products
 from semid.clustering.rows import LazyRows, exact_dot
 from semid.config import ConfigError
 from semid.semantic_ids.coding import _search_blocks, search
@@ -30,6 +30,19 @@ def slowly(X, books, beam_size):
         yield np.array([codes for _, codes in beams]), np.array([score for score, _ in beams])
 
 
+def greedily(X, books):
+    "The residual code of every row, every score exact."
+    part, o = np.empty(32), books.offsets
+    for i in range(len(X)):
+        codes: list[int] = []
+        for level in range(len(books.levels)):
+            known = books.half_norms[o[level]:o[level + 1]].copy()
+            for j, c in enumerate(codes): known += books.tables[o[j] + c, o[level]:o[level + 1]]
+            dots = [exact_dot(X, i, books.centroids, k, part) for k in range(o[level], o[level + 1])]
+            codes.append(int((known - dots).argmin()))
+        yield codes
+
+
 def made_up(kind, rng, n, dim, sizes):
     X = rng.normal(size=(n, dim))
     levels = [rng.normal(size=(K, dim)) / (level + 1) for level, K in enumerate(sizes)]
@@ -37,11 +50,16 @@ def made_up(kind, rng, n, dim, sizes):
     if kind == "midway": X = (levels[0][rng.integers(0, sizes[0], n)] + levels[0][0]) / 2
     if kind == "huge and tiny": X *= 10.0 ** rng.integers(-12, 12, (n, 1))
     if kind == "offset": X, levels[0] = X + 1e4, levels[0] + 1e4
+    if kind == "orthogonal":  # what the first level leaves tells nothing about the next ones
+        far = levels[0] - levels[0].mean(0)
+        levels[0] = 1e3 * np.where(np.arange(dim) < dim // 2, far, 0)
+        levels[1:] = [np.where(np.arange(dim) < dim // 2, 0, C) for C in levels[1:]]
+        X = X * 1e-3
     for C in levels: C[-1] = C[0]  # the same twice
     return X.astype(np.float32), [C.astype(np.float32) for C in levels]
 
 
-@pytest.mark.parametrize("kind", ["random", "grid", "midway", "huge and tiny", "offset"])
+@pytest.mark.parametrize("kind", ["random", "grid", "midway", "huge and tiny", "offset", "orthogonal"])
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 20), dim=st.integers(1, 40),
        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), beam=st.integers(1, 12),
@@ -59,6 +77,8 @@ def test_ranks_as_an_exact_search(kind, seed, n, dim, sizes, beam, priced):
         for _, (got, costs) in [*every, ("device", out)]:
             assert np.array_equal(got[i], codes[:best])
             assert np.array_equal(costs[i], exact_dot(X, i, X, i, np.empty(32)) + 2 * scores[:best])
+    for backend in ("numpy", "torch"):
+        assert assign(LazyRows(X, books.shift), books, backend).tolist() == [*greedily(X, books)]
 
 
 def test_widest_beam_finds_the_nearest_code_of_all():
@@ -70,6 +90,20 @@ def test_widest_beam_finds_the_nearest_code_of_all():
     sums = sum(levels[level][every[:, level]].astype(np.float64) for level in range(3))
     gaps = ((X[:, None].astype(np.float64) - sums)**2).sum(-1)
     assert np.allclose(costs[:, 0], gaps.min(1)) and np.array_equal(codes[:, 0], every[gaps.argmin(1)])
+
+
+def test_rows_at_the_shift_where_levels_are_orthogonal():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        v, W = np.zeros(16), rng.normal(size=(64, 16))
+        v[:8] = rng.normal(size=8) * 3e3
+        W[:, :8] -= np.outer(W[:, :8] @ v[:8], v[:8]) / (v @ v)
+        first = rng.normal(size=16) * 30 + np.stack([v, -v])
+        levels = [first, W / np.linalg.norm(W, axis=1, keepdims=True)]
+        books = Codebooks([C.astype(np.float32) for C in levels])
+        X = books.levels[0].astype(np.float64).mean(0, keepdims=True).astype(np.float32)
+        for backend in ("numpy", "torch"):
+            assert assign(LazyRows(X, books.shift), books, backend).tolist() == [*greedily(X, books)]
 
 
 def test_a_model_encodes_the_same_however_it_is_asked(tmp_path):

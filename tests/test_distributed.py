@@ -10,7 +10,8 @@ import pytest
 from semid.clustering.distributed import DistributedKMeans, assign_parquet
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
-from semid.config import ConfigError, DataError, ShapeMismatchError
+from semid.clustering.pool import about_process, open_pool
+from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
 from semid.features import read_features, write_features
 
 ray = pytest.importorskip("ray")
@@ -305,3 +306,58 @@ def test_ids_of_any_alphabet(X, tmp_path):
     write_features(tmp_path / "z.parquet", ["a\0", "b", "c"], X[:3])
     model = kmeans(tmp_path / "z", 3)
     with pytest.raises(DataError, match="zero character"): model.fit(tmp_path / "z.parquet")
+
+
+def test_a_stage_of_other_settings_is_not_taken_up(data, tmp_path):
+    many = dict(n_workers=0, output_dir=tmp_path / "run", random_state=0, max_iter=2)
+    with pytest.raises(ShapeMismatchError): DistributedKMeans(10**6, **many).fit(data)  # and leaves its stage
+    assert (tmp_path / "run" / "staging").exists()
+    resumed = DistributedKMeans(5, metric="cosine", **many).fit(data, resume=True)
+    plain = DistributedKMeans(5, metric="cosine", **(many | {"output_dir": tmp_path / "other"})).fit(data)
+    assert np.array_equal(resumed.cluster_centers_, plain.cluster_centers_)
+
+
+def test_what_others_put_in_the_folder_stays(data, tmp_path):
+    mine = [tmp_path / name for name in ("iter_7/weights.bin", "iter_10_ckpt.pth", "iter_1_notes.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    model = DistributedKMeans(5, n_workers=0, output_dir=tmp_path, random_state=0, max_iter=2).fit(data)
+    assert all(path.read_text() == "mine" for path in mine)
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "staging" / "precious.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="precious.txt"): model.fit(data)
+    assert (tmp_path / "staging" / "precious.txt").exists()
+
+
+def test_a_refused_run_costs_nothing(X, data, tmp_path):
+    model = DistributedKMeans(5, n_workers=0, output_dir=tmp_path / "run", random_state=0, max_iter=2)
+    model.fit(data).save(tmp_path / "model")
+    assign_parquet(tmp_path / "model", data, tmp_path / "out")
+    told = ".lock", "quarantine.parquet"
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name not in told}
+    bad = X[:50].copy()
+    bad[7] = np.nan
+    ids = [f"r{i}" for i in range(50)]
+    pq.write_table(pa.table({"id": ids, "feature": [*bad]}), tmp_path / "bad.parquet")
+    for wrong in (tmp_path / "nothing.parquet", tmp_path / "bad.parquet"):
+        with pytest.raises(DataError): model.fit(wrong)
+        with pytest.raises(DataError): assign_parquet(tmp_path / "model", wrong, tmp_path / "out")
+    assert [p for p in before if not p.exists() or p.read_bytes() != before[p]] == []
+
+
+class Fragile:
+    "Dies of item 3, whoever does it."
+    def __init__(self, n_threads): self.done = []
+    def about(self): return about_process()
+    def do(self, job, item):
+        if item == 3: os._exit(1)
+        self.done.append(item)
+    def result(self): return self.done
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_an_item_that_kills_every_worker_ends_the_run(gather):
+    pool = open_pool(Fragile, [], 2)
+    with pytest.raises(SemidError, match="without getting any further"): pool.run({}, range(12), gather)
+    pool.close()

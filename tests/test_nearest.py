@@ -97,3 +97,15 @@ def test_bad_rows_are_named_though_they_are_read_late():
     X = np.zeros((5000, 8), np.float32)
     X[4321, 3] = np.nan
     with pytest.raises(DataError, match="first in row 4321"): nearest(X, X[:4])
+
+
+def test_more_columns_than_int8_products_can_have():
+    C = np.stack([np.ones(140_000), -np.ones(140_000)]).astype(np.float32)
+    for backend in ("numpy", "torch", "auto"): assert not nearest(np.ones((300, 140_000)), C, backend).any()
+
+
+def test_prices_decide_between_equal_centroids_for_a_huge_row():
+    books = Codebooks([np.zeros((3, 4), np.float32)], prices=[[5, 0, 1]])
+    X = np.float32([[1e25] * 4, [1.0] * 4])
+    for backend in ("numpy", "torch"):
+        assert assign(LazyRows(X, books.shift), books, backend).tolist() == [[1], [1]]

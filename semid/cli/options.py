@@ -27,7 +27,7 @@ app = typer.Typer(help="Embeddings to semantic IDs, and what comes before: clust
 def run():
     "Run the command line; errors are one sentence."
     try: app()
-    except SemidError as e:
+    except (SemidError, OSError, ImportError) as e:
         typer.echo(f"semid: {e}", err=True)
         raise SystemExit(1) from None
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .duplicates import Duplicates
-from .kmeans import KMeans, normalise_rows
+from .kmeans import KMeans, check_seed, normalise_rows
 from .rows import as_matrix, over_blocks
 from .pairs import _SLACK, Stored, _int_products, _screen, count_pairs, cut_tiles
 from .pairs import prepare_search, search_on_ray, search_tiles, squared_lengths
@@ -275,6 +275,7 @@ class SemanticDeduplicator:
         if not 0 <= max_bad_fraction <= 1:
             raise ConfigError(f"max_bad_fraction is a share, from 0 to 1, not {max_bad_fraction}.")
         if min(n_workers, miss_sample) < 0: raise ConfigError("n_workers and miss_sample can't be negative.")
+        check_seed(random_state)
         self.threshold, self.n_clusters, self.probes, self.keep = float(threshold), n_clusters, probes, keep
         self.random_state, self.model, self.n_workers, self.address = random_state, model, n_workers, address
         self.n_threads, self.block_rows, self.miss_sample = n_threads, block_rows, miss_sample
@@ -312,6 +313,7 @@ class SemanticDeduplicator:
         return dict(collected_at=self.threshold, within=within, exhaustive=exhaustive, keep=self.keep,
                     n_clusters=n_clusters, probes=min(self.probes, n_clusters), sampled_items=sampled,
                     random_state=self.random_state, rows_in=sources[0].rows, compared=0,
+                    quarantined=sources[0].bad,
                     against_rows=sources[1].rows if len(sources) > 1 else 0)
 
     def _nothing(self, sources, within):
@@ -378,6 +380,8 @@ def write_kept(
 ) -> Path:            # `path`
     "Write the items that are kept as a features file, in memory that does not grow."
     source = _Source(features, ids, max_bad_fraction=1., id_column=id_column, feature_column=feature_column)
+    read = [Path(file).resolve() for file in source.features.files] if source.features else []
+    if Path(path).resolve() in read: raise ConfigError(f"{path} is what is read: write to another file.")
     wanted = result.items["id"].slice(0, len(result.items) - int(result.items["old"].to_numpy().sum()))
     stays, at = np.zeros(len(wanted), bool), 0
     stays[result.kept_rows] = True

@@ -6,7 +6,7 @@
 __all__ = ['DistributedKMeans', 'assign_parquet']
 
 # %% ../../nbs/clustering/10_distributed.ipynb #109be7be
-import hashlib, json, shutil, time
+import hashlib, json, re, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .inference import KMeansInference, write_model
 from .kmeans import _check_settings, _enough, _given, _inertia, _quantised_sample, _variance
-from .kmeans import lloyd, normalise_rows, sample_rows
+from .kmeans import check_seed, lloyd, normalise_rows, sample_rows
 from .pool import about_process, open_pool
 from .seeding import kmeans_plus_plus
 from .shards import ShardWorker, Stage, _fetched, _file, _keep_farthest, _save, find_sources
@@ -80,16 +80,24 @@ def _alone_in(folder):
             raise ConfigError(f"Another run is at work in {folder}: wait, or use another one.") from None
         yield
 
+_ITERATION = re.compile(r"\.?iter_(\d+)(?:_shard_\d+_(?:assignments|ids|distances)\.npy(?:\..*tmp)?)?")
+
+def _remove_folder(folder):
+    "Remove the folder of an iteration, and nothing that others put there."
+    for path in [*folder.glob("centroids.npy"), *folder.glob(".centroids.npy.*.tmp")]: path.unlink()
+    if not any(folder.iterdir()): folder.rmdir()
+
 def _iteration_files(folder):
     "All that iterations left in a folder, as (iteration, path)."
     for path in [*folder.glob("iter_*"), *folder.glob(".iter_*")]:
-        number = path.name.lstrip(".").split("_")[1]
-        if number.isdigit(): yield int(number), path
+        name = _ITERATION.fullmatch(path.name)
+        foreign = path.is_dir() and not (path / "centroids.npy").exists() and any(path.iterdir())
+        if name and not foreign: yield int(name[1]), path
 
 def _remove_iterations(folder, below):
     "Remove what iterations before `below` left."
     for iteration, path in [*_iteration_files(folder)]:
-        if iteration < below: shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if iteration < below: _remove_folder(path) if path.is_dir() else path.unlink()
 
 def _read_progress(folder):
     "The progress of the run in a folder; None if there is none."
@@ -145,6 +153,7 @@ class DistributedKMeans:
             raise ConfigError("n_workers must be at least 0, rows_per_shard and keep_iterations at least 1.")
         if not (random_state is None or isinstance(random_state, int | np.integer)):
             raise ConfigError("random_state must be a whole number or None: a run notes it, to be resumed.")
+        check_seed(random_state)
         self.n_clusters, self.n_workers, self.metric, self.init = n_clusters, n_workers, metric, init
         self.max_iter, self.tol, self.early_stop = int(max_iter), float(tol), float(early_stop)
         self.random_state, self.output_dir = random_state, Path(output_dir)
@@ -181,18 +190,23 @@ class DistributedKMeans:
                 except (ConfigError, DataError):
                     if resume != "auto": raise
                     resume, progress = False, None
-            if not (progress and resume): progress = self._start_anew(settings)
-            if self._is_finished(progress): return self._take(progress)
+            anew = not (progress and resume)
+            if anew: progress = self._begin(settings)
+            elif self._is_finished(progress): return self._take(progress)
             stage = self._stage(sources, columns, progress, resume)
             _enough(stage.n, self.n_clusters)
+            if anew: self._remove_former()
             with self._pool(stage) as pool: self._train(stage, pool, progress)
             shutil.rmtree(stage.folder)
             return self._take(progress)
 
-    def _start_anew(self, settings):
-        "Remove what an earlier run left, and begin a progress."
+    def _remove_former(self):
+        "Remove what an earlier run left."
         (self.output_dir / "progress.json").unlink(missing_ok=True)
         _remove_iterations(self.output_dir, np.inf)
+
+    def _begin(self, settings):
+        "The progress of a run that begins."
         if settings["random_state"] is None:
             settings["random_state"] = int(np.random.default_rng().integers(2**53))
         return {"type": "DistributedKMeans", "status": "running", "settings": settings, "iteration": -1,
@@ -204,14 +218,15 @@ class DistributedKMeans:
 
     def _stage(self, sources, columns, progress, resume):
         "The shards: those that are there, if they are whole and of this data."
-        folder = self.output_dir / "staging"
+        folder, options = self.output_dir / "staging", {"max_bad_fraction": self.max_bad_fraction, **columns}
         if resume and (folder / "manifest.json").exists():
             stage = Stage.open(folder)
             of_this_run = stage.marks == progress.get("marks", stage.marks)
-            if of_this_run and not what_changed(sources, stage.marks): return stage
+            same = stage.options == {"rows_per_shard": self.rows_per_shard, "metric": self.metric, **options}
+            if same and of_this_run and not what_changed(sources, stage.marks): return stage
         return stage_features(
             sources, folder, self.rows_per_shard, self.metric, self.verbose,
-            self.output_dir / "quarantine.parquet", max_bad_fraction=self.max_bad_fraction, **columns)
+            self.output_dir / "quarantine.parquet", **options)
 
     @contextmanager
     def _pool(self, stage):
@@ -344,11 +359,13 @@ class _ClusterWriter:
     def about(self): return about_process()
     def do(self, job, block):
         number, ids, X = block
-        if self.model.metric == "cosine": X = normalise_rows(X)
         labels = self.model.predict(X)
+        if self.model.metric == "cosine": X = normalise_rows(X)
         distances = np.sqrt(squared_distances(X, self.model.centroids, labels, self.model._n_threads))
         table = pa.table({"id": ids, "cluster": labels, "distance": distances.astype(np.float32)})
         with atomic_path(self.folder / f"part-{number:05d}.parquet") as tmp: pq.write_table(table, tmp)
+
+_PART = re.compile(r"part-\d+\.parquet|\.part-.*\.tmp")
 
 def assign_parquet(
     model_path,            # a model folder
@@ -369,14 +386,17 @@ def assign_parquet(
     size = int(np.clip(2**24 // model.dim, 1024, 65536))
     with ExitStack() as stack:
         stack.enter_context(_alone_in(output_dir))
-        (output_dir / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(output_dir / "assignments", ignore_errors=True)
+        fresh, there = output_dir / ".assignments", output_dir / "assignments"
+        other = [p.name for p in there.iterdir() if not _PART.fullmatch(p.name)] if there.exists() else []
+        if other: raise ConfigError(f"{there} holds {other[0]}, which is not ours: use another output_dir.")
+        shutil.rmtree(fresh, ignore_errors=True)
+        stack.callback(shutil.rmtree, fresh, ignore_errors=True)
         sources = find_sources(data_urls, **columns)
         paths = stack.enter_context(_fetched(sources, output_dir / "fetched"))
         features = open_features(
             paths, dim=model.dim, metric=model.metric, max_bad_fraction=max_bad_fraction,
             quarantine=output_dir / "quarantine.parquet", **columns)
-        args = [str(path.resolve()) for path in (Path(model_path), output_dir / "assignments")]
+        args = [str(path.resolve()) for path in (Path(model_path), fresh)]
         store = 1e8 + (2 * n_workers + 4) * size * model.dim * 6
         pool = open_pool(_ClusterWriter, args, n_workers, n_threads, address, store)
         stack.callback(pool.close)
@@ -385,5 +405,9 @@ def assign_parquet(
         pool.run({}, blocks, gather=False)
         manifest = {"type": "assignments", "model_sha256": model.metadata.get("sha256"),
                     "n_clusters": model.n_clusters, **features.report.asdict()}
+        fresh.mkdir(exist_ok=True)  # there may be no row
+        (output_dir / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(there, ignore_errors=True)
+        fresh.rename(there)
         write_json(output_dir / "manifest.json", manifest)
         return manifest["kept"]

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numba import njit
 
-from ..config import ConfigError, DataError, atomic_path, write_json
+from ..config import ConfigError, DataError, SemidError, atomic_path, write_json
 
 # %% ../../nbs/clustering/12_duplicates.ipynb #85ddae38
 @njit(nogil=True, cache=True)
@@ -110,8 +110,11 @@ class Duplicates:
     def counts(self) -> dict[str, int]:
         "rows_in = kept + removed + quarantined."
         kept, removed = len(self.kept_rows), len(self._choice[1])
-        return dict(rows_in=self.about["rows_in"], kept=kept, removed=removed,
-                    quarantined=self.about["rows_in"] - kept - removed)
+        rows_in, bad = self.about["rows_in"], self.about["quarantined"]
+        if kept + removed + bad != rows_in:
+            raise SemidError(f"Of {rows_in} rows {kept} are kept, {removed} removed and {bad} quarantined: "
+                             "rows are missing, please report this.")
+        return dict(rows_in=rows_in, kept=kept, removed=removed, quarantined=bad)
 
     @property
     def duplicate_ratio(self) -> float:

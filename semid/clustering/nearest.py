@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 from numba import njit
 
-from .rows import ANY_ORDER, LazyRows, as_matrix, check_finite, exact_dot, exact_products
-from .rows import exact_squares, over_blocks, prefetch_row, quantise_rows
+from .rows import ANY_ORDER, INT8_WIDTH, LazyRows, as_matrix, check_finite, exact_dot
+from .rows import exact_products, exact_squares, over_blocks, prefetch_row, quantise_rows
 from ..config import ConfigError, ShapeMismatchError, default_threads
 from ..config import device as pick_device
 
@@ -75,7 +75,10 @@ class Codebooks:
         self.rounding = (self.dim / 32 + 64 + len(self.levels)) * 2.0**-52 * self.far  # what deciding loses
         with np.errstate(over="ignore"):  # what float32 can't hold is not screened
             self.half32, self.tables32 = half.astype(np.float32), tables.astype(np.float32)
-            self.slack = (reach * (len(self.levels) + 8) * 2.0**-22).astype(np.float32)
+            slack = reach * (len(self.levels) + 8) * 2.0**-22
+            first, norms = self.rows.norm[:o[1]], self.rows.norm[o[1]:].astype(np.float64)
+            slack[o[1]:] += first.max() * norms * 2.0**-22  # what shifting rounded away, if products are 0
+            self.slack = slack.astype(np.float32)
 
 # %% ../../nbs/clustering/01_nearest.ipynb #8ed652fb
 @njit(nogil=True, cache=True)
@@ -188,7 +191,7 @@ def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales
     longest, coarsest, most = norms.max(), errors.max(), slack.max()
     farthest, roundings = reach[at:to].max(), np.float32((X.shape[1] + 32) * 2.0**-24 * 1.01)
     for i in range(len(X)):
-        size = np.float64(norm[i]) * longest if longest else 0.0
+        size = np.float64(norm[i]) * longest
         if screened(size, farthest):
             if level: known[:] = start
             for j in range(level): known += table32[offsets[j] + codes[i, j], at:to]
@@ -337,7 +340,7 @@ def assign(
         _assign_on_device(rows, books, where, codes)
         return codes
     done, screen = 0, float32_products
-    if backend_of(backend) == "torch":
+    if backend_of(backend) == "torch" and books.dim <= INT8_WIDTH:
         done = min(256, len(rows))
         spent = _assign_blocks(int8_products(books), rows, books, codes, 1, 0, done)
         if spent <= 4 * done * len(books.levels) or backend == "torch": screen = int8_products

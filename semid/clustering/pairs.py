@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from .kmeans import normalise_rows
 from .nearest import Codebooks, assign, backend_of
 from .pool import _start_ray
-from .rows import ANY_ORDER, exact_dot, exact_squares, over_blocks, quantise_rows
+from .rows import ANY_ORDER, INT8_WIDTH, exact_dot, exact_squares, over_blocks
+from .rows import quantise_rows
 from .sums import squared_distances
 from ..config import DataError
 
@@ -81,7 +82,11 @@ class Stored:
 
 # %% ../../nbs/clustering/11_pairs.ipynb #06770531
 def _int_products(A, B):
-    "A @ B.T of int8 matrices, exact: int32, or float32 that holds whole numbers."
+    "A @ B.T of int8 matrices, exact: whole numbers, in float32 or float64 where int32 can't hold them."
+    if A.shape[1] > INT8_WIDTH:
+        parts = [slice(j, j + INT8_WIDTH) for j in range(0, A.shape[1], INT8_WIDTH)]
+        return sum(_int_products(np.ascontiguousarray(A[:, s]), np.ascontiguousarray(B[:, s]))
+                   .astype(np.float64) for s in parts)
     if backend_of("auto") == "torch":
         import torch
         return torch._int_mm(torch.from_numpy(A), torch.from_numpy(B).T).numpy()

@@ -103,7 +103,7 @@ class _JobRun:
         self.done: dict = {}
         self.asked: dict = {}
         self.results: dict = {}
-        self.deaths, self.given_out = 0, False
+        self.deaths, self.finished_once, self.furthest, self.given_out = 0, 0, 0, False
 
     def _hand_out(self):
         "An item for every worker that is ready, and then a second one to wait for it."
@@ -149,8 +149,10 @@ class _JobRun:
                 else: self._finish(worker, item)
 
     def _finish(self, worker, item):
-        self.deaths = 0
         self.done.setdefault(worker, []).extend([item] if self.gather else [])
+        self.finished_once += not self.gather
+        reached = sum(map(len, self.done.values())) if self.gather else self.finished_once
+        if reached > self.furthest: self.furthest, self.deaths = reached, 0  # doing again is no progress
         self.results.pop(worker, None)
         self.tick()
 
@@ -158,7 +160,8 @@ class _JobRun:
         "Give everything that a worker had done or was doing to others, and start another."
         self.deaths += 1
         if self.deaths > 3 + 2 * len(self.pool.ready):
-            raise SemidError(f"Workers died {self.deaths} times and did nothing in between, last by: {error}")
+            raise SemidError(f"Workers died {self.deaths} times without getting any further: look at their "
+                             f"memory; the last died by: {error}")
         lost = [ref for ref, (w, _) in self.running.items() if w is worker]
         self.again.extend(([] if item is None else [item]) + [self.running.pop(ref)[1] for ref in lost])
         self.again.extend(self.done.pop(worker, []))

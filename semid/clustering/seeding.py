@@ -11,14 +11,19 @@ from numba import njit
 from tqdm.auto import tqdm
 
 from .nearest import backend_of
-from .rows import exact_dot, exact_products, over_blocks
+from .rows import INT8_WIDTH, exact_dot, exact_products, over_blocks
 
 # %% ../../nbs/clustering/03_seeding.ipynb #29fdc99f
 def _exact_int_products(A, B):
     "A @ B.T for int8 matrices, as exact numbers."
+    if A.shape[1] > INT8_WIDTH:
+        parts = range(0, A.shape[1], INT8_WIDTH)
+        return sum(_exact_int_products(A[:, j:j + INT8_WIDTH], B[:, j:j + INT8_WIDTH]).astype(np.int64)
+                   for j in parts)
     if backend_of("auto") == "torch":
         import torch
-        return torch._int_mm(torch.from_numpy(A), torch.from_numpy(np.ascontiguousarray(B.T))).numpy()
+        return torch._int_mm(torch.from_numpy(np.ascontiguousarray(A)),
+                             torch.from_numpy(np.ascontiguousarray(B.T))).numpy()
     out = np.zeros((len(A), len(B)), np.int32)
     for j in range(0, A.shape[1], 1024):  # 1024 * 127² < 2²⁴: exact in float32
         out += (A[:, j:j + 1024].astype(np.float32) @ B[:, j:j + 1024].astype(np.float32).T).astype(np.int32)

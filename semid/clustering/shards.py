@@ -6,7 +6,7 @@
 __all__ = ['Source', 'find_sources', 'what_changed', 'Stage', 'stage_features', 'quantise_shard', 'take_rows', 'ShardWorker']
 
 # %% ../../nbs/clustering/08_shards.ipynb #5a969d8a
-import hashlib, os, shutil
+import hashlib, os, re, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -58,8 +58,12 @@ def _in_store(url):
         found = store.get_file_info(FileSelector(base, recursive=True))
     except (OSError, ValueError, pa.ArrowException) as e:
         raise DataError(f"{url} can't be listed ({e}): use a path, or a URI that pyarrow knows.") from None
-    files = [i for i in found if i.type == FileType.File and
-             (_matches(i.path, pattern) if plain < len(parts) else i.path.endswith(".parquet"))]
+    def wanted(path):  # as of a local folder
+        if plain < len(parts): return _matches(path, pattern)
+        inside = PurePosixPath(path).relative_to(base).parts
+        return path.endswith(".parquet") and inside[-1] != "quarantine.parquet" and not any(
+            part.startswith((".", "_")) for part in inside)
+    files = [i for i in found if i.type == FileType.File and wanted(i.path)]
     if not files: raise DataError(f"There is no Parquet file at {url}.")
     return [Source(i.path, i.size, i.mtime_ns or 0, store) for i in files]
 
@@ -71,8 +75,11 @@ def find_sources(
     urls = [str(u) for u in _as_list(data_urls)]
     remote = ["://" in u for u in urls]
     if any(remote):
-        if not all(remote): raise ConfigError("Name either local files or URIs of one file system, not both.")
+        if not all(remote) or len({u.partition("://")[0] for u in urls}) > 1:
+            raise ConfigError("Name either local files or URIs of one file system, not both.")
         every = {s.path: s for u in urls for s in _in_store(u)}
+        if out := next((path for path in every if ".." in PurePosixPath(path).parts), None):
+            raise DataError(f"{out} leads out of its folder: rename it.")
     else:
         files = open_features([os.path.abspath(u) for u in urls], **columns).files if urls else []
         every = {str(p): Source(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files}
@@ -121,6 +128,7 @@ class Stage:
     survey: Survey
     report: dict[str, Any]
     marks: list[dict]    # of the sources
+    options: dict[str, Any] = field(default_factory=dict)  # by which the rows were checked and laid down
 
     @property
     def n(self) -> int: return sum(self.sizes)
@@ -134,7 +142,7 @@ class Stage:
         ranges = {"low": self.survey.low.tolist(), "high": self.survey.high.tolist()} if self.n else {}
         write_json(self.folder / "manifest.json", {
             "dim": self.dim, "dtype": self.dtype, "sizes": self.sizes, "report": self.report,
-            "marks": self.marks, **ranges})
+            "marks": self.marks, "options": self.options, **ranges})
 
     @classmethod
     def open(cls, folder) -> "Stage":
@@ -143,7 +151,8 @@ class Stage:
         m = json.loads((Path(folder) / "manifest.json").read_text())
         low, high = (np.array(m.get(k, []), np.float32) for k in ("low", "high"))
         survey = Survey(sum(m["sizes"]), low, high)
-        return cls(Path(folder), m["dim"], m["dtype"], m["sizes"], survey, m["report"], m["marks"])
+        return cls(Path(folder), m["dim"], m["dtype"], m["sizes"], survey, m["report"], m["marks"],
+                   m.get("options", {}))
 
 # %% ../../nbs/clustering/08_shards.ipynb #2b9d8c2e
 def _fixed_width(ids, shard):
@@ -176,6 +185,15 @@ def _write_shard(stage, ids, X):
     return Survey.of(np.asarray(X, np.float32))
 
 # %% ../../nbs/clustering/08_shards.ipynb #6a1c4cb8
+_OURS = re.compile(r"\.?(manifest\.json|(values|ids|int8|bounds)_\d+)(\..*)?|fetched")
+
+def _remove_stage(folder):
+    "Remove a stage; a folder that holds anything else is left alone."
+    if not folder.exists(): return
+    if other := next((p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)), None):
+        raise ConfigError(f"{folder} holds {other}, which is none of ours: use another output_dir.")
+    shutil.rmtree(folder)
+
 def stage_features(
     sources,                # list of Source
     folder,                 # where the shards shall be; what is there is removed
@@ -187,14 +205,15 @@ def stage_features(
 ) -> Stage:
     "Check all rows once, and lay down those that can be used."
     if rows_per_shard < 1: raise ConfigError(f"rows_per_shard must be 1 or more, not {rows_per_shard}.")
-    folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, about = Path(folder), {"rows_per_shard": rows_per_shard, "metric": metric, **options}
+    _remove_stage(folder)
     folder.mkdir(parents=True)
     with _fetched(sources, folder / "fetched") as paths:
         features = open_features(paths, metric=metric, quarantine=quarantine, **options)
         marks = [s.mark() | {"sha256": _digest(p)} for s, p in zip(sources, paths)]
         nothing = Survey(0, np.empty(0, np.float32), np.empty(0, np.float32))
-        stage = Stage(folder, features.dim, _value_type(features), [], nothing, {"metric": metric}, marks)
+        kind = _value_type(features)
+        stage = Stage(folder, features.dim, kind, [], nothing, {"metric": metric}, marks, about)
         n_shards = max(1, -(-features.n_rows // rows_per_shard))
         size = max(1, -(-features.n_rows // n_shards))
         surveys = [_write_shard(stage, ids, X) for ids, X in features.batches(size, stage.dtype, progress)]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..clustering.nearest import assign, backend_of, device_products, float32_products, int8_products
 from ..clustering.nearest import screened
-from ..clustering.rows import ANY_ORDER, LazyRows, as_matrix, exact_dot, over_blocks
+from ..clustering.rows import ANY_ORDER, INT8_WIDTH, LazyRows, as_matrix, exact_dot, over_blocks
 from ..config import ConfigError, DataError, ShapeMismatchError, default_threads
 from ..config import device as pick_device
 
@@ -146,7 +146,7 @@ def search(
     if (where := pick_device(device)) != "cpu":
         _search_blocks(device_products(books, where), rows, books, beam_size, out, n_threads, 0, n, 32768)
         return out
-    if backend_of(backend) == "torch":
+    if backend_of(backend) == "torch" and books.dim <= INT8_WIDTH:
         done = min(256, n)
         spent = _search_blocks(int8_products(books), rows, books, beam_size, out, 1, 0, done)
         if backend == "torch" or spent <= 8 * done * beam_size * len(books.levels): screen = int8_products
