@@ -237,6 +237,20 @@ def test_readers_do_not_wait_for_a_writer(tmp_path):
     assert version.assign(["b"], [[1, 1]]) == ["1-1-1"]
 
 
+def test_a_new_registry_waits_for_those_who_read_the_file(tmp_path):
+    other = sqlite3.connect(tmp_path / "ids.db", isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE mine (x)")
+    other.execute("BEGIN")
+    other.execute("SELECT * FROM mine").fetchall()  # held until the transaction ends
+    with pytest.raises(SemidError, match="another process holds it"): IdRegistry(tmp_path / "ids.db", timeout=0.2)
+    release = threading.Timer(0.3, other.rollback)
+    release.start()
+    version = IdRegistry(tmp_path / "ids.db", timeout=60).add_version("v", Given([4, 4]))
+    release.join()
+    assert version.assign(["a"], [[1, 1]]) == ["1-1"]
+    other.close()
+
+
 APPEND = """
 import sys
 import numpy as np

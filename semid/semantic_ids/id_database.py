@@ -9,7 +9,7 @@ __all__ = ['LONGEST_ITEM', 'VERSIONS', 'IDS', 'PORTION', 'digit_widths', 'pack_c
 # %% ../../nbs/semantic_ids/13_id_database.ipynb #f5f08b29
 import random, time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def _engine(
         connection.execute("PRAGMA cache_size = -65536")  # 64 MiB
     @sa.event.listens_for(engine, "begin")
     def begin(connection):
-        write = connection.get_execution_options().get("semid_write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        begin = connection.get_execution_options().get("semid_begin", "BEGIN")
+        if begin: connection.exec_driver_sql(begin)
     return engine
 
 # %% ../../nbs/semantic_ids/13_id_database.ipynb #2d5566dd
@@ -142,17 +142,22 @@ def _is_ready(engine):
 
 def _create(engine):
     if engine.dialect.name == "sqlite":
-        with closing(engine.raw_connection()) as raw: raw.cursor().execute("PRAGMA journal_mode = WAL")
-    with engine.connect().execution_options(semid_write=True) as connection, connection.begin():
+        with engine.connect().execution_options(semid_begin=None) as connection:  # not within a transaction
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    with engine.connect().execution_options(semid_begin="BEGIN IMMEDIATE") as connection, connection.begin():
         _METADATA.create_all(connection)
 
-def _prepare(engine, attempts=50):
-    "Make the tables where they are missing; others may be at it too."
-    for attempt in range(attempts):
+def _prepare(
+    engine,
+    timeout,  # seconds in which others that are at it too must have ended
+):
+    "Make the tables where they are missing."
+    deadline = time.monotonic() + timeout
+    while True:
         try: return _is_ready(engine) or _create(engine)
-        except (exc.DBAPIError, sa.exc.NoSuchTableError) as e:
-            contended = isinstance(e, exc.IntegrityError | exc.ProgrammingError) or "locked" in str(e)
-            if attempt == attempts - 1 or not (contended or "exists" in str(e)): raise
+        except exc.DBAPIError as e:
+            contended = isinstance(e, exc.IntegrityError) or "locked" in str(e) or "exists" in str(e)
+            if not contended or time.monotonic() > deadline: raise
             time.sleep(0.02 + 0.05 * random.random())
 
 # %% ../../nbs/semantic_ids/13_id_database.ipynb #908d8b4b
@@ -165,7 +170,7 @@ class Database:
     ):
         self.url = _url(url)
         self._engine = _engine(self.url, timeout)
-        with _errors(self.url): _prepare(self._engine)
+        with _errors(self.url): _prepare(self._engine, timeout)
     def __repr__(self): return f"Database({_shown(self.url)!r})"
     @contextmanager
     def transaction(
@@ -173,7 +178,8 @@ class Database:
         write=False,  # shall it change anything?
     ) -> Iterator[sa.Connection]:
         "A connection in a transaction, which is kept if the block ends well and else undone."
-        with _errors(self.url), self._engine.connect().execution_options(semid_write=write) as connection:
+        begin = "BEGIN IMMEDIATE" if write else "BEGIN"
+        with _errors(self.url), self._engine.connect().execution_options(semid_begin=begin) as connection:
             with connection.begin(): yield connection
 
 # %% ../../nbs/semantic_ids/13_id_database.ipynb #ae5e5192
