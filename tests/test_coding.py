@@ -1,5 +1,6 @@
 "Beam search ranks as float64 would, whatever the data, the blocks, the threads, the backend."
-import itertools
+import itertools, warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -7,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid import RQKMeans
-from semid.clustering.nearest import Codebooks, assign, device_products
+from semid.clustering.nearest import Codebooks, assign
 from semid.clustering.rows import LazyRows, exact_dot
 from semid.config import ConfigError
-from semid.semantic_ids.coding import _search_blocks, search
+from semid.semantic_ids import coding
+from semid.semantic_ids.coding import search
 
 
 def slowly(X, books, beam_size):
@@ -71,10 +73,10 @@ def test_ranks_as_an_exact_search(kind, seed, n, dim, sizes, beam, priced):
     best = min(beam, int(np.prod(sizes)))
     every = [(where, search(LazyRows(X, books.shift), books, beam, best, **where)) for where in (
         dict(backend="numpy", n_threads=1), dict(backend="torch", n_threads=2), dict())]
-    out = np.empty((n, best, len(sizes)), np.int32), np.empty((n, best))
-    _search_blocks(device_products(books, "cpu"), LazyRows(X, books.shift), books, beam, out, 1, 0, n)
+    with mock.patch.object(coding, "pick_device", lambda device: device):  # what a GPU would do, on the CPU
+        every.append(("device", search(LazyRows(X, books.shift), books, beam, best, device="cpu:0")))
     for i, (codes, scores) in enumerate(slowly(X, books, beam)):
-        for _, (got, costs) in [*every, ("device", out)]:
+        for _, (got, costs) in every:
             assert np.array_equal(got[i], codes[:best])
             assert np.array_equal(costs[i], exact_dot(X, i, X, i, np.empty(32)) + 2 * scores[:best])
     for backend in ("numpy", "torch"):
@@ -90,6 +92,19 @@ def test_widest_beam_finds_the_nearest_code_of_all():
     sums = sum(levels[level][every[:, level]].astype(np.float64) for level in range(3))
     gaps = ((X[:, None].astype(np.float64) - sums)**2).sum(-1)
     assert np.allclose(costs[:, 0], gaps.min(1)) and np.array_equal(codes[:, 0], every[gaps.argmin(1)])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_a_first_level_too_long_for_float32_and_a_zero_centroid_after_it(backend):
+    first, second = np.zeros((4, 40), np.float32), np.zeros((3, 40), np.float32)
+    first[:2], first[2, 0], second[1:, 0] = 3e38, 1, [2, 5]
+    X = np.zeros((10, 40), np.float32)
+    X[:, 0] = np.arange(10) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        books = Codebooks([first, second])
+    codes = assign(LazyRows(X, books.shift), books, backend)
+    assert codes.tolist() == [[3, 0]] + [[2, 0]] * 4 + [[2, 1]] * 5
 
 
 def test_rows_at_the_shift_where_levels_are_orthogonal():

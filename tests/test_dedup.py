@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from semid.clustering import pairs as search
+from semid.clustering import pairs as search, rows
 from semid.clustering.dedup import Duplicates, SemanticDeduplicator, write_kept
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
@@ -34,7 +34,7 @@ def all_cosines(X, Y=None):
     Y = X if Y is None else Y
     both = np.concatenate([X, Y]).astype(np.float32)
     i, j = np.divmod(np.arange(len(X) * len(Y)), len(Y))
-    return search.cosines(both, search.squared_lengths(both), i, j + len(X)).reshape(len(X), len(Y))
+    return search.cosines(both, rows.squared_lengths(both), i, j + len(X)).reshape(len(X), len(Y))
 
 
 def choose(order, near, fixed=()):

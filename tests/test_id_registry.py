@@ -242,7 +242,8 @@ def test_a_new_registry_waits_for_those_who_read_the_file(tmp_path):
     other.execute("CREATE TABLE mine (x)")
     other.execute("BEGIN")
     other.execute("SELECT * FROM mine").fetchall()  # held until the transaction ends
-    with pytest.raises(SemidError, match="another process holds it"): IdRegistry(tmp_path / "ids.db", timeout=0.2)
+    with pytest.raises(SemidError, match="another process holds it"):
+        IdRegistry(tmp_path / "ids.db", timeout=0.2)
     release = threading.Timer(0.3, other.rollback)
     release.start()
     version = IdRegistry(tmp_path / "ids.db", timeout=60).add_version("v", Given([4, 4]))

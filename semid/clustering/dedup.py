@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from .duplicates import Duplicates
 from .kmeans import KMeans, check_seed, normalise_rows
-from .rows import as_matrix, over_blocks
+from .rows import as_matrix, over_blocks, squared_lengths
 from .pairs import _SLACK, Stored, _int_products, _screen, count_pairs, cut_tiles
-from .pairs import prepare_search, search_on_ray, search_tiles, squared_lengths
+from .pairs import prepare_search, search_on_ray, search_tiles
 from ..config import ConfigError, DataError, ShapeMismatchError, atomic_path
 from ..features import Features, FeatureWriter, open_features
 

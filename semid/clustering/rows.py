@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INT8_WIDTH', 'ANY_ORDER', 'over_blocks', 'prefetch_row', 'as_matrix', 'check_finite', 'Rows', 'quantise_rows',
-           'LazyRows', 'exact_dot', 'exact_products', 'exact_squares']
+           'LazyRows', 'exact_dot', 'exact_products', 'exact_squares', 'squared_lengths', 'replace_largest']
 
 # %% ../../nbs/clustering/00_rows.ipynb #f395316d
 import os, threading
@@ -230,3 +230,24 @@ def exact_squares(X, out):
     "out[i] = X[i]·X[i] in float64."
     part = np.empty(32)
     for i in range(len(X)): out[i] = exact_dot(X, i, X, i, part)
+
+def squared_lengths(
+    X,               # (N, D) floats
+    n_threads=None,  # threads to use; all by default
+) -> np.ndarray:     # (N,) float64
+    "Squared length of every row, summed in a fixed order."
+    out = np.empty(len(X))
+    over_blocks(lambda s: exact_squares(X[s], out[s]), len(X), n_threads, 4096)
+    return out
+
+# %% ../../nbs/clustering/00_rows.ipynb #ea014c1d
+@njit(nogil=True, cache=True)
+def replace_largest(heap, value):
+    "Take the largest number out of a max-heap and put `value` in."
+    at, child = 0, 1
+    while child < len(heap):
+        if child + 1 < len(heap) and heap[child + 1] > heap[child]: child += 1
+        if heap[child] <= value: break
+        heap[at] = heap[child]
+        at, child = child, 2 * child + 1
+    heap[at] = value

@@ -12,10 +12,9 @@ import numpy as np
 from numba import njit
 from tqdm.auto import tqdm
 
-from ..clustering.nearest import assign, backend_of, device_products, float32_products, int8_products
-from ..clustering.nearest import screened
-from ..clustering.rows import ANY_ORDER, INT8_WIDTH, LazyRows, as_matrix, exact_dot, over_blocks
-from ..config import ConfigError, DataError, ShapeMismatchError, default_threads
+from ..clustering.nearest import assign, in_blocks, screened
+from ..clustering.rows import ANY_ORDER, LazyRows, exact_dot, replace_largest
+from ..config import ConfigError, DataError, ShapeMismatchError
 from ..config import device as pick_device
 
 # %% ../../nbs/semantic_ids/01_coding.ipynb #206238e8
@@ -25,26 +24,14 @@ def _approximate(products, step, scales, known, score):
     for k in range(len(products)): score[k] = known[k] - step * scales[k] * np.float32(products[k])
 
 @njit(nogil=True, cache=True)
-def _replace_largest(heap, n, value):
-    "Take the largest of the n numbers in a heap out, and put `value` in."
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= n: break
-        if child + 1 < n and heap[child + 1] > heap[child]: child += 1
-        if heap[child] <= value: break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
-
-@njit(nogil=True, cache=True)
 def _nth_least(score, before, n_beams, K, n, heap):
     "The n-th least of before[b] + score[b, k]."
-    heap[:n] = np.inf
+    heap = heap[:n]
+    heap[:] = np.inf
     for b in range(n_beams):
         for k in range(K):
             value = before[b] + np.float64(score[b, k])
-            if value < heap[0]: _replace_largest(heap, n, value)
+            if value < heap[0]: replace_largest(heap, value)
     return heap[0]
 
 # %% ../../nbs/semantic_ids/01_coding.ipynb #9ca575e9
@@ -142,31 +129,14 @@ def search(
     if rows.values.shape[1] != books.dim:
         raise ShapeMismatchError(f"Expected D={books.dim}, got D={rows.values.shape[1]}.")
     out = np.empty((len(rows), n_best, len(books.levels)), np.int32), np.empty((len(rows), n_best))
-    n, done, screen = len(rows), 0, float32_products
-    if (where := pick_device(device)) != "cpu":
-        _search_blocks(device_products(books, where), rows, books, beam_size, out, n_threads, 0, n, 32768)
-        return out
-    if backend_of(backend) == "torch" and books.dim <= INT8_WIDTH:
-        done = min(256, n)
-        spent = _search_blocks(int8_products(books), rows, books, beam_size, out, 1, 0, done)
-        if backend == "torch" or spent <= 8 * done * beam_size * len(books.levels): screen = int8_products
-    _search_blocks(screen(books), rows, books, beam_size, out, n_threads, done, n)
-    return out
-
-def _search_blocks(screen, rows, books, beam_size, out, n_threads, start, stop, block=None):
-    "The best codes of the rows from `start` to `stop`; returns the number of exact products."
-    products, scales, errors = screen
     known = books.half32, books.tables32, books.slack, books.reach, books.far, books.rounding
     exact = books.centroids, books.half_norms, books.tables, books.offsets
-    def work(s):
-        s = slice(start + s.start, start + s.stop)
-        r = rows[s]
-        P, scale, error = products(r)
+    def kernel(s, r, P, scale, error, scales, errors):
         return _search_rows(P, r.values, scale, error, r.norm, scales, errors, books.rows.norm, *known,
                             *exact, beam_size, out[0][s], out[1][s])
-    threads = n_threads or default_threads()
-    block = block or max(256, min(2**20 // len(books.centroids), (stop - start) // (4 * threads)))
-    return sum(over_blocks(work, stop - start, n_threads, block))
+    patience = 8 * beam_size * len(books.levels)
+    in_blocks(kernel, rows, books, patience, backend, pick_device(device), n_threads)
+    return out
 
 # %% ../../nbs/semantic_ids/01_coding.ipynb #c2f3199b
 def encode_rows(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..clustering.rows import squared_lengths
 from ..config import ConfigError, DataError, ShapeMismatchError
 from .collisions import (  # noqa: F401  (some only for callers of this module)
     _as_codes, _as_vectors, _bucket_sizes, _items_in_collision, _pair, _prefix_keys, code_entropy,
@@ -21,7 +22,7 @@ from .collisions import (  # noqa: F401  (some only for callers of this module)
     counts_per_level, entropy_ratios, gini, gini_per_level, items_in_collision, items_in_collision_per_level,
     largest_bucket, perplexity_per_level, top_share_per_level)
 from .neighbours import (  # noqa: F401
-    Neighbours, _code_distance, _scores, _squared_norms, find_similar, hierarchical_distance,
+    Neighbours, _code_distance, _scores, find_similar, hierarchical_distance,
     ndcg_at_k, nearest_neighbours, recall_at_k)
 
 _all_ = [
@@ -76,7 +77,7 @@ def _as_seen(X, encoder, name="X"):
     "`X` as the encoder sees it: unit rows where its metric is cosine."
     x = _as_vectors(X, name)
     if getattr(encoder, "metric", None) != "cosine": return x
-    length = np.sqrt(_squared_norms(x))
+    length = np.sqrt(squared_lengths(x))
     if zero := (length == 0).sum(): raise DataError(f"{name} has {zero} zero rows, which have no direction.")
     return (x / length[:, None]).astype(np.float32)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from ..clustering.rows import replace_largest, squared_lengths
 from ..config import ConfigError, ShapeMismatchError, default_threads
 from .collisions import _as_codes, _as_vectors, _pair, _prefix_keys
 
@@ -58,27 +59,7 @@ def _centred(x):
     if abs(exponent) > 20: np.ldexp(moved, -exponent, out=moved)
     return moved.astype(np.float32, copy=False)
 
-@njit(cache=True, nogil=True)
-def _squared_norms(x):
-    "Squared length of every row, summed in float64."
-    out = np.zeros(x.shape[0])
-    for i in range(x.shape[0]):
-        for j in range(x.shape[1]): out[i] += np.float64(x[i, j]) * np.float64(x[i, j])
-    return out
-
 # %% ../../nbs/semantic_ids/04_neighbours.ipynb #6b36cba2
-@njit(cache=True, nogil=True)
-def _replace_top(heap, value):
-    "Take the largest number out of a max-heap and put `value` in."
-    i = 0
-    while 2 * i + 1 < len(heap):
-        child = 2 * i + 1
-        if child + 1 < len(heap) and heap[child + 1] > heap[child]: child += 1
-        if heap[child] <= value: break
-        heap[i] = heap[child]
-        i = child
-    heap[i] = value
-
 @njit(cache=True, nogil=True)
 def _candidates(products, norms, query, k, unit, tiny):
     "Rows that may be among the `k` nearest of row `query`, given its float32 products with all rows."
@@ -88,7 +69,7 @@ def _candidates(products, norms, query, k, unit, tiny):
         if j != query and value - error <= heap[0]:
             found[count] = j
             count += 1
-            if value + error < heap[0]: _replace_top(heap, value + error)
+            if value + error < heap[0]: replace_largest(heap, value + error)
     kept = 0
     for j in found[:count]:
         value, error = norms[j] * norms[j] / 2 - products[j], unit * (norms[j] + norms[query])**2 + tiny
@@ -145,7 +126,7 @@ def nearest_neighbours(
 def _search(x, queries, k):
     "(items, gain) of the relevant items of each of `queries`, by an exact search."
     moved, n_dims = _centred(x), x.shape[1]
-    norms = np.sqrt(_squared_norms(moved))
+    norms = np.sqrt(squared_lengths(moved))
     unit, tiny = 1.1 * 2.0**-24 * (n_dims / 4 + 3), n_dims * 2.0**-120
     def relevant(query, products):
         return _graded(x, query, _candidates(products, norms, query, k, unit, tiny), k)

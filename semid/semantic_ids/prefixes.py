@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numba import njit
 
-from ..clustering.rows import over_blocks
+from ..clustering.rows import over_blocks, squared_lengths
 from ..config import DataError, ShapeMismatchError
 from .collisions import _as_codes, _pair, _prefix_keys
 
@@ -26,14 +26,6 @@ def _groups(key):
     return order, np.concatenate([[0], change, [len(order)]])
 
 # %% ../../nbs/semantic_ids/05_prefixes.ipynb #c25c6e7f
-@njit(cache=True, nogil=True)
-def _lengths(x):
-    "Length of every row, summed in float64 in order of the columns."
-    out = np.zeros(x.shape[0])
-    for i in range(x.shape[0]):
-        for j in range(x.shape[1]): out[i] += np.float64(x[i, j]) * np.float64(x[i, j])
-    return np.sqrt(out)
-
 @njit(cache=True, nogil=True)
 def _group_cosines(x, lengths, order, starts):
     "Mean cosine of two items of each group, nan where there are not two; and items with a direction."
@@ -67,7 +59,7 @@ def prefix_cosine(
 ) -> dict[str, Any]:         # `groups`, `items`, `pairs`, `n_groups`, `n_items`: L numbers each; `any_pair`
     "Mean cosine of items with equal prefixes of length 1..L, weighted in three ways; None where none is."
     x, codes = _pair(X, codes)
-    lengths, rows = _lengths(x), []
+    lengths, rows = np.sqrt(squared_lengths(x)), []
     for key in (np.zeros(len(x), np.int64), *_prefix_keys(codes)):
         mean, size = _group_cosines(x, lengths, *_groups(key))
         mean, g = mean[size > 1], size[size > 1].astype(float)

@@ -7,6 +7,7 @@ __all__ = ['RelocationResolver', 'SinkhornResolver']
 
 # %% ../../nbs/semantic_ids/12_resolvers.ipynb #b9ec411c
 import io, json, math, re, threading, zipfile, zlib
+from abc import abstractmethod
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class _CodeResolver(BaseResolver):
                 raise DataError(f"The IDs given out so far have {self._codes.shape[1]} levels, these "
                                 f"{np.shape(codes)[1]}: use a new resolver for a new model.")
             return self._assign(np.asarray(codes), np.asarray(model.latents(embeddings)), model, names, write)
-    def _assign(self, codes, latents, model, names, write) -> list[str]: raise NotImplementedError
+    @abstractmethod
+    def _assign(self, codes, latents, model, names, write) -> list[str]: "The IDs, one a row."
     def _new(self, names, known, n):
         "The first row of each item that is not known."
         if names is None: return np.arange(n)
