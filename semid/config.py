@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
            'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'default_threads', 'flush_to_disk',
-           'atomic_path', 'write_json', 'save_figure']
+           'atomic_path', 'alone_in', 'write_json', 'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
 import glob, json, os, random, re, tempfile, warnings
@@ -165,6 +165,23 @@ def atomic_path(
         os.replace(temporary, path)
         if os.name == "posix": flush_to_disk(path.parent)
     finally: temporary.unlink(missing_ok=True)
+
+# %% ../nbs/00_config.ipynb #6bba9167
+@contextmanager
+def alone_in(
+    folder,  # made where it is missing
+):
+    "Nobody else may work in this folder meanwhile; a process that is gone holds nothing."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError: pass
+        except OSError:
+            raise ConfigError(f"Another run is at work in {folder}: wait, or use another one.") from None
+        yield
 
 # %% ../nbs/00_config.ipynb #afe9044d
 def write_json(

@@ -1,10 +1,21 @@
 "What several tests share."
-import subprocess, sys, tarfile
+import os, subprocess, sys, tarfile
 
 import numpy as np
 import pytest
 
 SDIST = "semantic-id==0.2.5"
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    "One small Ray for all tests that use it."
+    ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8,
+             log_to_driver=False, logging_level=40)
+    yield ray
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import csr_array, vstack
+from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from semid import KMeans, RQKMeans
 from semid.clustering.balanced import (BalancedKMeans, assign_costs_with_bounds, assign_with_bounds,
@@ -292,3 +295,31 @@ def test_more_prices_than_levels_are_refused(tmp_path):
     for change in ({"prices_1": np.zeros(3)}, {"prices_1": np.full(4, np.nan)}, {"prices_1": np.ones(4)}):
         np.savez(tmp_path / "codebooks.npz", **arrays | change)
         with pytest.raises(ModelFormatError, match="model|sha256|don't fit"): RQKMeans.load(tmp_path)
+
+
+def test_scikit_learn_copies_searches_and_chains():
+    X = blobs(0, n=300)
+    model = BalancedKMeans(6, 10, 90, init=X[:6], tol=0)
+    copy = clone(model)
+    assert all(np.array_equal(copy.get_params()[name], value) for name, value in model.get_params().items())
+    assert repr(copy) == "BalancedKMeans(n_clusters=6, size_min=10, size_max=90, init=<array (6, 8)>, tol=0)"
+    with pytest.raises(ConfigError, match="no setting 'sizes'"): copy.set_params(sizes=3)
+    plain = make_pipeline(StandardScaler(), KMeans(6, random_state=0)).set_params(kmeans__n_clusters=4)
+    assert (plain.fit_predict(X) == plain.fit(X).predict(X)).all() and plain.transform(X).shape == (300, 4)
+    chain = make_pipeline(StandardScaler(), BalancedKMeans(6, random_state=0))
+    for K in 3, 6, 10:
+        labels = clone(chain).set_params(balancedkmeans__n_clusters=K).fit(X).predict(X)
+        sizes = np.bincount(chain.set_params(balancedkmeans__n_clusters=K).fit_predict(X))
+        assert len(sizes) == K and np.ptp(sizes) <= 1 and labels.max() < K
+    assert chain.transform(X).shape == (300, 10)
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(n_clusters=3.0), "n_clusters must be a whole number from 1, not 3.0"),
+    (dict(n_init="2"), "n_init must be a whole number from 1, not '2'"),
+    (dict(random_state=-1), "random_state must be a whole number from 0, not -1"),
+    (dict(tol=float("nan")), "tol must be a number from 0, not nan")])
+def test_settings_of_the_wrong_type(settings, says):
+    with pytest.raises(ConfigError) as refused: BalancedKMeans(**settings)
+    assert says in str(refused.value)
+    with pytest.raises(ConfigError, match="not '3' and 40"): BalancedKMeans(10, "3", 40).fit(blobs(0, n=100))

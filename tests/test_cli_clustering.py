@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from semid import KMeansInference, read_features, write_features
+from semid import KMeans, KMeansInference, read_features, write_features
 
 SEMID = str(Path(sys.executable).with_name("semid"))
 
@@ -88,3 +88,26 @@ def test_a_killed_training_goes_on(shards, tmp_path):
     semid(*words, "--resume", cwd=tmp_path)
     models = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
     assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_slips_and_damage_are_one_sentence_too(shards, tmp_path):
+    urls, out = f"{shards}/features_0.parquet", tmp_path / "run"
+    train = ["kmeans", "train", "--data-urls", urls, "--n-clusters", 3, "--n-workers", 0, "--max-iter", 2,
+             "--output-dir", out, "--model-path", tmp_path / "model", "-q"]
+    semid(*train, cwd=tmp_path)
+    whole = (out / "progress.json").read_text()
+    KMeans(2, random_state=0).fit(np.eye(4)).save(tmp_path / "other")
+    dedup = ["dedup", urls, "-o", tmp_path / "unique", "-q"]
+    for words, progress, says in [
+            ([*train, "--resume"], whole[:-9], "progress.json is damaged"),
+            ([*train, "--resume"], "[]", "not that of a k-means run"),
+            ([*train, "--resume"], whole.replace("marks", "mars"), "no whole 'marks'"),
+            ([*train, "--tol", "nan"], whole, "tol must be a number from 0, not nan"),
+            ([*dedup, "--threshold", "nan"], whole, "threshold must be a number above 0"),
+            ([*dedup, "--model", tmp_path / "other"], whole, "D=24 and the model's centroids have D=4"),
+            ([*dedup, "--max-pairs", 1, "--threshold", 0.3], whole, "raise max_pairs"),
+            ([*dedup, "--max-pairs", 1, "--threshold", 0.3, "--n-workers", 2], whole, "raise max_pairs")]:
+        (out / "progress.json").write_text(progress)
+        done = semid(*words, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("semid: ") and says in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1

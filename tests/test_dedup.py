@@ -387,3 +387,92 @@ def test_no_rows_at_all(tmp_path):
         write_kept(result, tmp_path / "none.parquet", tmp_path / "kept.parquet")
         result.save(tmp_path / "result")
         assert Duplicates.load(tmp_path / "result").duplicate_ratio == 0
+
+
+SLOW = """
+import sys, time
+from semid.clustering import dedup
+def wait(*args):
+    print("there", flush=True)
+    time.sleep(100)
+dedup.search_tiles = wait
+dedup.SemanticDeduplicator(0.9, staging=sys.argv[2]).deduplicate(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="who is gone can't be told")
+def test_the_folder_of_a_killed_search_is_removed_by_the_next_and_no_other(files, tmp_path):
+    def start():
+        run = subprocess.Popen([sys.executable, "-c", SLOW, files[0], tmp_path], stdout=subprocess.PIPE)
+        assert run.stdout.readline().strip() == b"there"
+        return run
+    killed, alive = start(), start()
+    left = {run: next(tmp_path.glob(f"semid-dedup-*-{run.pid}-*")) for run in (killed, alive)}
+    killed.kill()
+    killed.wait()
+    name = left[killed].name
+    gone, host = tmp_path / name, name.removeprefix("semid-dedup-").rsplit("-", 2)[0]
+    others = [name.replace(host, host + "-2"), name.replace(host, "elsewhere"), "semid-dedup-mine",
+              f"semid-dedup-{host}-999999999-abcdefg", f"semid-dedup-{host}-{os.getpid()}-abcdefgh"]
+    for other in others: (tmp_path / other).mkdir()
+    precious = tmp_path / f"semid-dedup-{host}-999999999-abcdefgh" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    (tmp_path / f"semid-dedup-{host}-999999999-linklink").symlink_to(precious.parent)
+    (tmp_path / f"semid-dedup-{host}-999999999-filefile").write_text("mine")
+    before = {*tmp_path.iterdir()}
+    assert {"values", "quantised", ".lock"} <= {path.name for path in gone.iterdir()}
+    try:
+        SemanticDeduplicator(0.9, staging=tmp_path).deduplicate(files[0])
+        assert before - {*tmp_path.iterdir()} == {gone} and precious.exists()
+        assert {"values", ".lock"} <= {path.name for path in left[alive].iterdir()}
+    finally:
+        alive.kill()
+        alive.wait()
+    SemanticDeduplicator(0.9, staging=tmp_path).deduplicate(files[0])
+    assert before - {*tmp_path.iterdir()} == {*left.values()}
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(threshold="0.9"), "threshold must be a number above 0 and at most 1, not '0.9'"),
+    (dict(threshold=float("nan")), "threshold must be a number above 0 and at most 1, not nan"),
+    (dict(n_clusters=2.5), "n_clusters, where it is not 'auto', must be a whole number from 1, not 2.5"),
+    (dict(probes=2.5), "probes must be a whole number from 1, not 2.5"),
+    (dict(block_rows="64"), "block_rows must be a whole number from 1, not '64'"),
+    (dict(n_workers=1.5), "n_workers must be a whole number from 0, not 1.5"),
+    (dict(max_pairs=1e8), "max_pairs must be a whole number from 0, not 100000000.0"),
+    (dict(max_iter="10"), "max_iter must be a whole number from 1, not '10'"),
+    (dict(random_state=None), "random_state must be a whole number from 0, not None"),
+    (dict(max_bad_fraction="0"), "max_bad_fraction must be a share from 0 to 1, not '0'"),
+    (dict(keep=3), "keep must be hard, easy, random or the name of a column, not 3")])
+def test_a_setting_of_the_wrong_type_is_named_with_its_value(settings, says):
+    with pytest.raises(ConfigError) as refused: SemanticDeduplicator(**settings)
+    assert says in str(refused.value)
+
+
+def test_numbers_of_numpy_are_settings_and_can_be_saved(tmp_path):
+    X, ids = near_copies(200)
+    finder = SemanticDeduplicator(np.float64(0.9), np.int64(3), probes=np.int8(2), random_state=np.uint16(1))
+    finder.deduplicate(X, ids).save(tmp_path / "result")
+    assert repr(finder) == "SemanticDeduplicator(threshold=0.9, n_clusters=np.int64(3), random_state=1)"
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_a_model_of_other_vectors_is_refused(metric, tmp_path):
+    X, ids = near_copies(200)
+    model = KMeans(4, metric=metric, random_state=0).fit(X[:, :5])
+    model.save(tmp_path / "model")
+    for other in (model, tmp_path / "model", KMeansInference(tmp_path / "model")):
+        with pytest.raises(ShapeMismatchError, match="vectors have D=24 and the model's centroids have D=5"):
+            SemanticDeduplicator(model=other).deduplicate(X, ids)
+    unfitted = SemanticDeduplicator(model=KMeans())
+    with pytest.raises(ConfigError, match="no fitted k-means"): unfitted.deduplicate(X)
+
+
+def test_too_many_pairs_are_the_same_error_on_ray(files, ray, tmp_path):
+    said = set()
+    for n_workers in 0, 1, 2:
+        finder = SemanticDeduplicator(0.5, max_pairs=10, n_workers=n_workers, staging=tmp_path)
+        with pytest.raises(DataError, match="max_pairs") as refused: finder.deduplicate(files[0])
+        said.add((type(refused.value), str(refused.value)))
+    assert len(said) == 1 and not [*tmp_path.iterdir()]

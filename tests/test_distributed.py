@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from semid.clustering.distributed import DistributedKMeans, assign_parquet
+from semid.clustering.distributed import DistributedKMeans
+from semid.clustering.mapping import assign_parquet
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
 from semid.clustering.pool import about_process, open_pool
@@ -17,16 +18,7 @@ from semid.features import read_features, write_features
 ray = pytest.importorskip("ray")
 K, N, D = 30, 6000, 12
 SETTINGS = dict(random_state=3, rows_per_shard=1000)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def local_ray():
-    "One small Ray for all tests here."
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8,
-             log_to_driver=False, logging_level=40)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +180,7 @@ def test_a_driver_that_joined_a_cluster_is_killed_and_its_run_resumed(data, whol
 class Died(Exception): pass
 
 
-@pytest.mark.parametrize("at", ["_write_state", "_finish", "_stage", "_start"])
+@pytest.mark.parametrize("at", ["_write_state", "_finish", "_stage", "_loop"])
 def test_a_resumed_run_ends_like_any_other_wherever_it_died(data, whole, tmp_path, at, monkeypatch):
     def die(*args, **kwargs): raise Died
     monkeypatch.setattr(DistributedKMeans, at, die)
@@ -361,3 +353,59 @@ def test_an_item_that_kills_every_worker_ends_the_run(gather):
     pool = open_pool(Fragile, [], 2)
     with pytest.raises(SemidError, match="without getting any further"): pool.run({}, range(12), gather)
     pool.close()
+
+
+def without(name): return lambda progress: {key: value for key, value in progress.items() if key != name}
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda p: json.dumps(p)[:-20], "is damaged"), (lambda p: "", "is damaged"),
+    (lambda p: [p], "not that of"), (lambda p: 3, "not that of"),
+    (lambda p: p | {"type": "other"}, "not that of"),
+    (lambda p: p | {"history": p["history"][:1]}, "no whole 'history'"),
+    (lambda p: p | {"history": [1] * 20}, "no whole 'history'"),
+    (lambda p: p | {"marks": [{}]}, "no whole 'marks'"), (lambda p: p | {"settings": {}}, "'random_state'"),
+    *((without(name), f"no whole '{name}'") for name in
+      "status settings iteration moved history marks report n_samples inertia n_shards".split())])
+def test_damaged_progress_is_one_sentence(data, whole, tmp_path, damage, says):
+    progress = damage(json.loads((whole.output_dir / "progress.json").read_text()))
+    (tmp_path / "progress.json").write_text(progress if isinstance(progress, str) else json.dumps(progress))
+    for resume in True, False, "auto":
+        with pytest.raises(DataError, match=says) as refused: kmeans(tmp_path).fit(data, resume=resume)
+        assert "\n" not in str(refused.value) and str(tmp_path / "progress.json") in str(refused.value)
+    (tmp_path / "progress.json").unlink()
+    with pytest.raises(ShapeMismatchError, match="n_samples"): kmeans(tmp_path, N + 1).fit(data, resume=True)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda m: json.dumps(m)[:-20], lambda m: "", lambda m: [m], lambda m: None,
+    lambda m: m | {"sizes": "many"}, lambda m: m | {"marks": [{}]}, lambda m: m | {"low": m["low"][:-1]},
+    *map(without, ("dim", "sizes", "high"))])
+def test_a_damaged_manifest_is_one_sentence(data, tmp_path, damage):
+    with pytest.raises(ShapeMismatchError): kmeans(tmp_path, N + 1).fit(data)  # and leaves its stage
+    path = tmp_path / "staging" / "manifest.json"
+    damaged = damage(json.loads(path.read_text()))
+    path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    with pytest.raises(DataError, match="manifest.json is damaged .* remove") as refused:
+        kmeans(tmp_path, max_iter=1).fit(data, resume=True)
+    assert "\n" not in str(refused.value)
+    for left in (tmp_path / "staging").iterdir(): left.unlink()
+    (tmp_path / "staging").rmdir()
+    assert kmeans(tmp_path, max_iter=1).fit(data, resume=True).n_iter_ == 1  # what the sentence says to do
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(rows_per_shard=2.5), "rows_per_shard must be a whole number from 1, not 2.5"),
+    (dict(n_workers=1.5), "n_workers must be a whole number from 0, not 1.5"),
+    (dict(keep_iterations="2"), "keep_iterations must be a whole number from 1, not '2'"),
+    (dict(random_state=[1]), "random_state must be a whole number from 0, not [1]"),
+    (dict(n_clusters=3.0), "n_clusters must be a whole number from 1, not 3.0"),
+    (dict(max_bad_fraction="0"), "max_bad_fraction must be a share from 0 to 1, not '0'")])
+def test_a_setting_of_the_wrong_type_is_named_with_its_value(settings, says):
+    with pytest.raises(ConfigError) as refused: DistributedKMeans(**settings)
+    assert says in str(refused.value)
+
+
+def test_numbers_of_numpy_are_settings(data, tmp_path):
+    model = kmeans(tmp_path, np.int64(3), random_state=np.uint8(1), rows_per_shard=np.int16(999), max_iter=2)
+    assert model.fit(data).n_iter_ <= 2 and repr(model).startswith("DistributedKMeans(n_clusters=3, n_work")

@@ -1,14 +1,18 @@
 "k-means: oracles, cuts that change nothing, cosine, sampling, early stop, empty clusters, models on disk."
-import json
+import inspect, json, subprocess, sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone, is_clusterer
 from sklearn.cluster import KMeans as SklearnKMeans
+from sklearn.model_selection import GridSearchCV
 
 from semid.clustering.inference import KMeansInference, read_model, train_local
-from semid.clustering.kmeans import KMeans, lloyd, normalise_rows, sample_rows
+from semid.clustering.kmeans import KMeans, normalise_rows
+from semid.clustering.lloyd import Clustered, InMemory, lloyd, sample_rows
+from semid.clustering.rows import quantise_rows
 from semid.clustering.sums import Survey, _exact_sum, _gap_steps, _Sums, squared_distances
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from semid.features import write_features
@@ -110,24 +114,17 @@ def test_the_loop_asks_only_for_sums():
     start, survey = X[:12].copy(), Survey.of(X)
     whole = KMeans(12, init=start, early_stop=1e-4).fit(X)
 
-    class Halves:
+    class Halves(Clustered):
+        gap_sums = farthest = members = take = __len__ = None
         def __init__(self):
-            from semid.clustering.kmeans import _InMemory
-            from semid.clustering.rows import quantise_rows
             shift = X[:7].mean(0)
             rows = [quantise_rows(part, shift=shift) for part in (X[:400], X[400:])]
-            self.parts = [_InMemory(part, survey, 12) for part in rows]
+            self.parts = [InMemory(part, survey, 12) for part in rows]
             self.steps, self.shift = self.parts[0].steps, shift[None]
             self.around = sum(part.around for part in self.parts)
         def assign(self, centroids):
             for part in self.parts: part.assign(centroids)
         def totals(self): return (sum(v) for v in zip(*(part.totals() for part in self.parts)))
-        def inertia(self, centroids):
-            from semid.clustering.kmeans import _inertia
-            return _inertia(self, centroids)
-        def variance(self):
-            from semid.clustering.kmeans import _variance
-            return _variance(self)
     *_, (centroids, _, _) = lloyd(Halves(), start, early_stop=1e-4)
     assert (centroids == whole.cluster_centers_).all()
 
@@ -270,3 +267,62 @@ def test_training_from_files(tmp_path):
     models = [train_local(tmp_path / name, 12, tmp_path / "model") for name in ("x.npy", "x.parquet")]
     assert (models[0].cluster_centers_ == models[1].cluster_centers_).all()
     assert (KMeansInference(tmp_path / "model").predict(X) == models[0].labels_).all()
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(n_clusters=3.0), "n_clusters must be a whole number from 1, not 3.0"),
+    (dict(n_clusters="3"), "n_clusters must be a whole number from 1, not '3'"),
+    (dict(n_clusters=0), "n_clusters must be a whole number from 1, not 0"),
+    (dict(max_iter="10"), "max_iter must be a whole number from 1, not '10'"),
+    (dict(max_iter=None), "max_iter must be a whole number from 1, not None"),
+    (dict(init_sample=0), "init_sample must be a whole number from 1, not 0"),
+    (dict(n_init=1.5), "n_init must be a whole number from 1, not 1.5"),
+    (dict(sample_per_cluster=2.5), "sample_per_cluster must be a whole number from 1, not 2.5"),
+    (dict(relocate=-1), "relocate must be a whole number from 0, not -1"),
+    (dict(n_threads=1.5), "n_threads must be a whole number from 0, not 1.5"),
+    (dict(tol=float("nan")), "tol must be a number from 0, not nan"),
+    (dict(tol="1e-4"), "tol must be a number from 0, not '1e-4'"),
+    (dict(early_stop=None), "early_stop must be a share from 0 to below 1, not None"),
+    (dict(random_state=1.5), "random_state must be a whole number from 0, not 1.5"),
+    (dict(random_state="3"), "random_state must be a whole number from 0, not '3'"),
+    (dict(random_state=-1), "random_state must be a whole number from 0, not -1")])
+def test_a_setting_of_the_wrong_type_is_named_with_its_value(settings, says):
+    with pytest.raises(ConfigError) as refused: KMeans(**settings)
+    assert says in str(refused.value)
+    model = KMeans(5, tol=0)
+    with pytest.raises(ConfigError): model.set_params(**settings)
+    assert repr(model) == "KMeans(n_clusters=5, tol=0)"  # and nothing has changed
+
+
+def test_numbers_of_numpy_are_settings():
+    X = blobs(0)
+    plain = KMeans(4, max_iter=7, tol=1e-3, random_state=3).fit(X)
+    numbers = KMeans(np.int64(4), max_iter=np.int8(7), tol=np.float64(1e-3), random_state=np.uint32(3))
+    assert np.array_equal(plain.cluster_centers_, numbers.fit(X).cluster_centers_)
+    for seed in None, np.random.default_rng(0), np.random.SeedSequence(1): KMeans(4, random_state=seed)
+
+
+def test_settings_are_copied_and_changed_as_scikit_learn_does():
+    X, start = blobs(0), blobs(0)[:6]
+    model = KMeans(6, init=start, metric="cosine", n_threads=1).fit(X)
+    copy = clone(model)
+    assert not hasattr(copy, "cluster_centers_") and clone(KMeans(6, random_state=np.random.default_rng(0)))
+    for name, value in model.get_params().items(): assert np.array_equal(copy.get_params()[name], value), name
+    assert set(model.get_params()) == set(inspect.signature(KMeans).parameters)
+    assert model.set_params(max_iter=3, tol=0.5) is model and (model.max_iter, model.tol) == (3, 0.5)
+    assert hasattr(model, "cluster_centers_")  # what was fitted stays
+    with pytest.raises(ConfigError, match="KMeans has no setting 'clusters'"): model.set_params(clusters=3)
+    assert repr(copy) == "KMeans(n_clusters=6, metric='cosine', init=<array (6, 9)>, n_threads=1)"
+
+
+def test_scikit_learn_searches_over_settings():
+    grid = dict(n_clusters=[2, 12], init=["random", "k-means++"])
+    search = GridSearchCV(KMeans(random_state=0), grid, cv=3, refit=False,
+                          scoring=lambda model, X, y=None: -model.transform(X).min(1).mean())
+    search.fit(blobs(1, spread=0.1))
+    assert search.best_params_["n_clusters"] == 12 and is_clusterer(KMeans())
+
+
+def test_semid_does_not_import_scikit_learn():
+    code = "import sys, semid, semid.clustering.balanced; sys.exit('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

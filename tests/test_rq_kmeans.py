@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans as SklearnKMeans
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from semid import KMeans, RQKMeans
-from semid.clustering.kmeans import _Sums
+from semid.clustering.sums import _Sums
 from semid.clustering.nearest import Codebooks, _assign_on_device, assign, nearest, quantise_rows
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semid import CollisionStore, RQKMeans, SemanticIdEngine, UniqueIdResolver
+from semid import RQVAE, CollisionStore, RQKMeans, SemanticIdEngine, UniqueIdResolver
 
 
 def python_blocks(readme):
@@ -25,18 +25,21 @@ def for_semid(block):
 def test_the_readme_of_semantic_id(semantic_id_sdist, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.random.seed(0)  # noqa: NPY002  (the snippets draw from the global generator)
-    blocks = [b for b in python_blocks((semantic_id_sdist / "README.md").read_text()) if "RQVAE" not in b]
+    blocks = python_blocks((semantic_id_sdist / "README.md").read_text())
     names = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Device 'cuda' is not available")
         for block in blocks: exec(for_semid(block), names)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     assert names["codes"].shape == (100, 3)
-    assert re.fullmatch(r"(<[abc]_\d>){3}", names["token_ids"][0])
+    assert re.fullmatch(r"(<[abc]_\d+>){3}", names["token_ids"][0])
     assert names["ids"][0].startswith("[item_L0_")
     assert len(set(names["unique_ids"])) == len(set(names["uids"])) == 100
     assert "-" in names["uids"][0]  # an item keeps the ID it got first, whatever the second call's sep
     assert (names["loaded"].encode(names["X"]) == names["model"].encode(names["X"])).all()
+    encoders = [names[engine].encoder for engine in ("engine", "loaded_engine")]
+    assert all(type(encoder) is RQVAE for encoder in encoders)
+    assert encoders[0].fingerprint() == encoders[1].fingerprint()
     again = names["loaded_engine"].unique_ids(names["X"], item_ids=names["db_keys"], sep="/")
     assert again == names["uids"]
     assert "Semantic ID: " in capsys.readouterr().out

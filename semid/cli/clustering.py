@@ -110,7 +110,7 @@ def assign(
     quiet: Quiet = False,
 ):
     "Write the cluster of every vector."
-    from semid.clustering.distributed import assign_parquet
+    from semid.clustering.mapping import assign_parquet
     n = assign_parquet(model_path, _urls(data_urls, more_urls, data_urls_file), output_dir,
                        n_workers=n_workers, address=address, id_column=id_column,
                        feature_column=feature_column, max_bad_fraction=max_bad_fraction, verbose=not quiet)

@@ -13,12 +13,12 @@ from numba import njit
 from tqdm.auto import tqdm
 
 from .chains import _begin, _cost_table, _Costs, _solve
-from .kmeans import KMeans, _check_settings, _enough, _given, _InMemory, lloyd, normalise_rows
-from .kmeans import sample_rows
+from .kmeans import Clusterer, KMeans, _check_settings, _enough, check_seed, check_whole
+from .kmeans import first_centroids, normalise_rows
+from .lloyd import InMemory, lloyd, sample_rows
 from .nearest import Codebooks, assign
 from .rows import LazyRows, _one_blas_thread, as_matrix, check_finite, over_blocks
 from .rows import quantise_rows
-from .seeding import kmeans_plus_plus
 from .sums import Survey, squared_distances
 from ..config import ConfigError, ShapeMismatchError
 
@@ -42,7 +42,9 @@ def _bounds(n, n_clusters, size_min, size_max):
     if size_min is None and size_max is None: return n // n_clusters, -(-n // n_clusters)
     low, high = 0 if size_min is None else size_min, n if size_max is None else size_max
     whole = [isinstance(b, int | np.integer) or isinstance(b, float) and b.is_integer() for b in (low, high)]
-    if not all(whole): raise ConfigError("size_min and size_max must be whole numbers, or None for no bound.")
+    if not all(whole):
+        raise ConfigError("size_min and size_max must be whole numbers, or None for no bound, not "
+                          f"{low!r} and {high!r}.")
     if not 0 <= low <= high: raise ConfigError(f"Sizes from {low} to {high}: need 0 <= size_min <= size_max.")
     if not n_clusters * low <= n <= n_clusters * high:
         raise ConfigError(f"{n} items don't fit into {n_clusters} clusters of {low} to {high} items: "
@@ -298,7 +300,7 @@ def assign_with_bounds(
     return labels, 2 * half
 
 # %% ../../nbs/clustering/07_balanced.ipynb #d08cb704
-class _BalancedRows(_InMemory):
+class _BalancedRows(InMemory):
     "Rows in memory, assigned within bounds."
     def __init__(self, rows, survey, n_clusters, bounds, n_threads):
         super().__init__(rows, survey, n_clusters, n_threads=n_threads)
@@ -311,7 +313,7 @@ class _BalancedRows(_InMemory):
                                             self.n_threads)
 
 # %% ../../nbs/clustering/07_balanced.ipynb #f9cdbfc8
-class BalancedKMeans:
+class BalancedKMeans(Clusterer):
     "k-means with sizes within exact bounds; the same result for any number of threads."
     def __init__(
         self,
@@ -329,13 +331,19 @@ class BalancedKMeans:
         verbose=False,      # show a progress bar
     ):
         _check_settings(n_clusters, metric, init, max_iter, tol, 0.0, 256)
-        if n_init < 1: raise ConfigError("n_init must be at least 1.")
+        check_seed(random_state)
+        check_whole(1, n_init=n_init)
+        check_whole(0, n_threads=n_threads or 0)
         self.n_clusters, self.size_min, self.size_max = n_clusters, size_min, size_max
         self.metric, self.init, self.n_init, self.max_iter, self.tol = metric, init, n_init, max_iter, tol
         self.random_state, self.n_threads, self.verbose = random_state, n_threads, verbose
 
-    def fit(self, X) -> "BalancedKMeans":
-        "Find `n_clusters` centroids of the rows of X (N, D), and the cheapest labels within the bounds."
+    def fit(
+        self,
+        X,       # (N, D)
+        y=None,  # not looked at: for scikit-learn's pipelines
+    ) -> "BalancedKMeans":
+        "Find `n_clusters` centroids of the rows, and the cheapest labels within the bounds."
         X = normalise_rows(X, n_threads=self.n_threads) if self.metric == "cosine" else as_matrix(X)
         check_finite(X)
         _enough(len(X), self.n_clusters)
@@ -344,19 +352,13 @@ class BalancedKMeans:
         rng, shift = np.random.default_rng(self.random_state), X.mean(0, dtype=np.float64).astype(np.float32)
         data = _BalancedRows(LazyRows(X, shift), survey, self.n_clusters, bounds, self.n_threads)
         n_init = self.n_init if isinstance(self.init, str) else 1
-        runs = [self._run(data, self._start(X, shift, power, rng)) for _ in range(n_init)]
+        pick = sample_rows(len(X), 256 * self.n_clusters, rng)
+        sample = quantise_rows(X[pick], self.n_threads, shift=shift)
+        runs = [self._run(data, first_centroids(self, data, sample, rng, power)) for _ in range(n_init)]
         self.inertia_, centroids, self.labels_, price, self.n_iter_ = min(runs, key=lambda run: run[0])
         self.cluster_centers_, self.prices_ = np.ldexp(centroids, power), np.ldexp(2 * price, 2 * power)
         self.inertia_ = float(np.ldexp(self.inertia_, 2 * power))
         return self
-
-    def _start(self, X, shift, power, rng):
-        K = self.n_clusters
-        if not isinstance(self.init, str): return _given(self.init, K, X.shape[1], self.metric, power)
-        if self.init == "random": return X[rng.choice(len(X), K, replace=False)]
-        sample = quantise_rows(X[sample_rows(len(X), 256 * K, rng)], self.n_threads, shift=shift)
-        chosen = kmeans_plus_plus(sample, K, rng, n_threads=self.n_threads, progress=self.verbose)
-        return sample.values[chosen]
 
     def _run(self, data, centroids):
         "Lloyd from a start: (inertia, centroids, labels, prices, iterations)."
@@ -369,7 +371,15 @@ class BalancedKMeans:
         return float(gaps.sum()), centroids, data.labels, data.price, n
 
     _fitted: Any = KMeans._fitted
-    transform, fit_predict = KMeans.transform, KMeans.fit_predict
+    transform = KMeans.transform
+
+    def fit_predict(
+        self,
+        X,            # (N, D)
+        y=None,       # not looked at
+    ) -> np.ndarray:  # (N,) int32
+        "Fit, and the labels of the rows, which keep to the bounds."
+        return self.fit(X).labels_
 
     def predict(
         self,

@@ -6,9 +6,9 @@
 __all__ = ['digests', 'group_equal', 'sample_pairs', 'SemanticDeduplicator', 'write_kept']
 
 # %% ../../nbs/clustering/13_dedup.ipynb #2767cf7f
-import hashlib, os, tempfile
+import hashlib, os, platform, re, shutil, tempfile
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .duplicates import Duplicates
-from .kmeans import KMeans, check_seed, normalise_rows
+from .duplicates import Duplicates, _number, _order
+from .inference import centroids_of
+from .kmeans import KMeans, Settings, check_number, check_whole, normalise_rows
 from .rows import as_matrix, over_blocks, squared_lengths
 from .pairs import _SLACK, Stored, _int_products, _screen, count_pairs, cut_tiles
 from .pairs import prepare_search, search_on_ray, search_tiles
-from ..config import ConfigError, DataError, ShapeMismatchError, atomic_path
+from ..config import ConfigError, DataError, ShapeMismatchError, _alive, atomic_path
 from ..features import Features, FeatureWriter, open_features
 
 # %% ../../nbs/clustering/13_dedup.ipynb #4b1bcd0c
@@ -145,6 +146,39 @@ def group_equal(
     groups[order] = np.cumsum(new) - 1
     return order[new], groups
 
+# %% ../../nbs/clustering/13_dedup.ipynb #a0811079
+_HOST = re.sub(r"\W", "_", platform.node())
+_FOLDER = re.compile(rf"semid-dedup-{_HOST}-(\d{{1,9}})-\w{{8}}")
+_INSIDE = {".new", ".lock", "values", "squares", "buckets", "rows", "quantised", "stats"}
+
+def _lock(file):
+    "Lock an open file; OSError if another process has."
+    import fcntl
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def _remove_left(parent):
+    "Remove the folders of searches whose processes are gone."
+    for folder in parent.glob("semid-dedup-*") if os.name == "posix" else ():
+        with suppress(OSError):  # its owner is alive, or somebody else removes it too
+            made = _FOLDER.fullmatch(folder.name)
+            if not made or folder.is_symlink() or folder.stat().st_uid != os.getuid(): continue
+            if not {path.name for path in folder.iterdir()} <= _INSIDE: continue
+            with ExitStack() as stack:
+                if (folder / ".lock").exists(): _lock(stack.enter_context(open(folder / ".lock", "r+")))
+                elif _alive(int(made[1])): continue
+                shutil.rmtree(folder)
+
+@contextmanager
+def _own_folder(parent):
+    "A temporary folder for a search."
+    _remove_left(parent := Path(parent or tempfile.gettempdir()))
+    prefix = f"semid-dedup-{_HOST}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(None, prefix, parent) as folder, open(folder + "/.new", "w") as file:
+        with suppress(ImportError, OSError):
+            _lock(file)
+            os.rename(folder + "/.new", folder + "/.lock")
+        yield folder
+
 # %% ../../nbs/clustering/13_dedup.ipynb #7ea77d20
 @dataclass
 class _Collected:
@@ -175,35 +209,12 @@ def _collect(sources, folder, seed, n_threads):
                 if values is not None: columns += getattr(values, "chunks", [values])
                 if file: file.write(np.ascontiguousarray(X, "<f4").data)
                 else: kept.append(X)
-    n = sum(counts)
     if not counts[0]: return None
     whole = None if path else kept[0] if len(kept) == 1 else np.concatenate(kept)
-    stored = Stored((n, dim), np.float32, path, whole)
+    stored = Stored((sum(counts), dim), np.float32, path, whole)
     column = pa.chunked_array(columns).combine_chunks() if columns else None
     every = pa.chunked_array(ids).combine_chunks()
     return _Collected(stored, every, np.concatenate(squares), np.concatenate(hashes), column, counts[0])
-
-# %% ../../nbs/clustering/13_dedup.ipynb #ba7d3191
-def _order(collected, keep, seed, distances):
-    "All rows, the first to be kept first; rows of the reference set come before everything."
-    n, n_new = len(collected.ids), collected.n_new
-    if keep == "random":
-        def draw(text): return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest()
-        key = pa.array(np.frombuffer(b"".join(map(draw, collected.ids.to_pylist())), "<u8"))
-    elif keep in ("hard", "easy"): key = pa.array(distances if keep == "easy" else -distances)
-    else: key = pa.concat_arrays([collected.column, pa.nulls(n - n_new, collected.column.type)])
-    table = pa.table(dict(new=np.arange(n) < n_new, key=key, id=collected.ids))
-    falling = "ascending" if keep in ("hard", "easy", "random") else "descending"
-    by = [("new", "ascending"), ("key", falling), ("id", "ascending")]
-    return pc.sort_indices(table, sort_keys=by).to_numpy()
-
-def _number(groups, order):
-    "Groups numbered in the order of their first members, and which rows these are."
-    found, places = np.unique(groups[order], return_index=True)
-    numbers, first = np.empty(len(found), np.int64), np.zeros(len(groups), bool)
-    numbers[np.argsort(places, kind="stable")] = np.arange(len(found))
-    first[order[places]] = True
-    return numbers, first
 
 # %% ../../nbs/clustering/13_dedup.ipynb #86bb6ae8
 def sample_pairs(
@@ -232,17 +243,7 @@ def sample_pairs(
     return np.concatenate(values), np.concatenate(seen)
 
 # %% ../../nbs/clustering/13_dedup.ipynb #e1554499
-def _centroids_of(model):
-    "Centroids of a model, and whether they are directions."
-    if isinstance(model, str | os.PathLike):
-        from semid.clustering.inference import KMeansInference
-        model = KMeansInference(model)
-    centroids = getattr(model, "centroids", None)
-    if centroids is None: centroids = getattr(model, "cluster_centers_", None)
-    if centroids is None: raise ConfigError("model is no fitted k-means: give a KMeansInference or a folder.")
-    return as_matrix(centroids, "centroids"), getattr(model, "metric", "l2") == "cosine"
-
-class SemanticDeduplicator:
+class SemanticDeduplicator(Settings):
     "Finds items whose vectors nearly point the same way, and keeps one where there are several."
     def __init__(
         self,
@@ -268,19 +269,20 @@ class SemanticDeduplicator:
         staging=None,         # folder for temporary files; with a Ray cluster one that all machines see
         verbose=False,        # show progress bars
     ):
-        if not 0 < threshold <= 1: raise ConfigError(f"threshold must be above 0 and at most 1: {threshold}.")
-        if n_clusters != "auto" and n_clusters < 1: raise ConfigError("n_clusters is 'auto' or at least 1.")
-        if min(probes, block_rows, max_iter, sample_per_cluster) < 1:
-            raise ConfigError("probes, block_rows, max_iter and sample_per_cluster must be at least 1.")
-        if not 0 <= max_bad_fraction <= 1:
-            raise ConfigError(f"max_bad_fraction is a share, from 0 to 1, not {max_bad_fraction}.")
-        if min(n_workers, miss_sample) < 0: raise ConfigError("n_workers and miss_sample can't be negative.")
-        check_seed(random_state)
-        self.threshold, self.n_clusters, self.probes, self.keep = float(threshold), n_clusters, probes, keep
-        self.random_state, self.model, self.n_workers, self.address = random_state, model, n_workers, address
-        self.n_threads, self.block_rows, self.miss_sample = n_threads, block_rows, miss_sample
+        check_number(lambda x: 0 < x <= 1, "a number above 0 and at most 1", threshold=threshold)
+        check_number(lambda x: 0 <= x <= 1, "a share from 0 to 1", max_bad_fraction=max_bad_fraction)
+        if n_clusters != "auto": check_whole(1, **{"n_clusters, where it is not 'auto',": n_clusters})
+        check_whole(1, probes=probes, block_rows=block_rows, max_iter=max_iter,
+                    sample_per_cluster=sample_per_cluster)
+        check_whole(0, n_workers=n_workers, miss_sample=miss_sample, max_pairs=max_pairs,
+                    n_threads=n_threads or 0, random_state=random_state)
+        if not isinstance(keep, str):
+            raise ConfigError(f"keep must be hard, easy, random or the name of a column, not {keep!r}.")
+        self.threshold, self.probes, self.random_state = float(threshold), int(probes), int(random_state)
+        self.n_clusters, self.keep, self.model, self.address = n_clusters, keep, model, address
+        self.n_threads, self.n_workers, self.block_rows = n_threads, n_workers, block_rows
+        self.miss_sample, self.id_column, self.feature_column = miss_sample, id_column, feature_column
         self.max_pairs, self.sample_per_cluster, self.max_iter = max_pairs, sample_per_cluster, max_iter
-        self.columns = dict(id_column=id_column, feature_column=feature_column)
         self.max_bad_fraction, self.quarantine = max_bad_fraction, quarantine
         self.staging, self.verbose = staging, verbose
 
@@ -290,20 +292,20 @@ class SemanticDeduplicator:
         ids=None,          # (N,) for an array; the row's number by default
         *,
         against=None,      # a reference set, likewise: what is within the threshold of it goes, it stays
-        against_ids=None,  # for an array
+        against_ids=None,  # (M,) for an array
         within=None,       # remove duplicates inside `features` too; by default where `against` is None
         priority=None,     # for an array, where `keep` names a column: (N,) its values
     ) -> Duplicates:
         "Which items to keep, which to remove and why."
         column = None if self.keep in ("hard", "easy", "random") else self.keep
-        options = dict(max_bad_fraction=self.max_bad_fraction, **self.columns)
+        options = dict(max_bad_fraction=self.max_bad_fraction, id_column=self.id_column,
+                       feature_column=self.feature_column)
         sources = [_Source(features, ids, column, priority, quarantine=self.quarantine, **options)]
         if against is not None: sources.append(_Source(against, against_ids, **options))
         within = against is None if within is None else bool(within)
         on_disk = self.n_workers > 0 or any(source.features for source in sources)
         with ExitStack() as stack:
-            folder = on_disk and stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="semid-dedup-", dir=self.staging))
+            folder = on_disk and stack.enter_context(_own_folder(self.staging))
             collected = _collect(sources, folder or None, self.random_state, self.n_threads)
             if collected is None: return self._nothing(sources, within)
             return self._search(collected, sources, within, folder or None)
@@ -342,7 +344,8 @@ class SemanticDeduplicator:
         sample = np.flatnonzero(~old)[::-1][:0 if exhaustive else self.miss_sample]
         seen = sample_pairs(ready, np.argsort(places)[sample], old[places], within, self.n_threads) \
             if len(sample) else (np.empty(0), np.empty(0, bool))
-        order = _order(collected, self.keep, self.random_state, ready.distances[firsts[groups]])
+        order = _order(collected.ids, collected.n_new, self.keep, collected.column, self.random_state,
+                       ready.distances[firsts[groups]])
         numbers, first = _number(groups, order)
         items = pa.table(dict(id=collected.ids, group=numbers[groups], first=first,
                               cluster=ready.search.buckets.open()[firsts[groups], 0],
@@ -363,7 +366,7 @@ class SemanticDeduplicator:
         sample = firsts[:max(16384, K * self.sample_per_cluster)]
         units = normalise_rows(collected.values.take(sample), n_threads=self.n_threads)
         shift = units.mean(0, dtype=np.float64).astype(np.float32)
-        if self.model is not None: return *_centroids_of(self.model), shift
+        if self.model is not None: return *centroids_of(self.model, units.shape[1]), shift
         means = KMeans(K, metric="cosine", max_iter=self.max_iter, random_state=self.random_state,
                        n_threads=self.n_threads, verbose=self.verbose)
         return means.fit(units).cluster_centers_, True, shift
@@ -371,9 +374,9 @@ class SemanticDeduplicator:
 # %% ../../nbs/clustering/13_dedup.ipynb #2e3bc97a
 def write_kept(
     result,           # Duplicates
-    features,         # what was deduplicated: array, Parquet or `Features`
+    features,         # what was deduplicated: (N, D) array, Parquet or `Features`
     path,             # the features file to write
-    ids=None,         # for an array
+    ids=None,         # (N,) for an array
     dtype="float32",  # what is stored: float32 or float16
     id_column="id",   # of the files that are read
     feature_column="feature",

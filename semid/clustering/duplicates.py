@@ -21,6 +21,28 @@ from numba import njit
 
 from ..config import ConfigError, DataError, SemidError, atomic_path, write_json
 
+# %% ../../nbs/clustering/12_duplicates.ipynb #f6b7923f
+def _order(ids, n_new, keep, column, seed, distances):
+    "All rows, the first to be kept first; rows of the reference set come before everything."
+    n = len(ids)
+    if keep == "random":
+        def draw(text): return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest()
+        key = pa.array(np.frombuffer(b"".join(map(draw, ids.to_pylist())), "<u8"))
+    elif keep in ("hard", "easy"): key = pa.array(distances if keep == "easy" else -distances)
+    else: key = pa.concat_arrays([column, pa.nulls(n - n_new, column.type)])
+    table = pa.table(dict(new=np.arange(n) < n_new, key=key, id=ids))
+    falling = "ascending" if keep in ("hard", "easy", "random") else "descending"
+    by = [("new", "ascending"), ("key", falling), ("id", "ascending")]
+    return pc.sort_indices(table, sort_keys=by).to_numpy()
+
+def _number(groups, order):
+    "Groups numbered in the order of their first members, and which rows these are."
+    found, places = np.unique(groups[order], return_index=True)
+    numbers, first = np.empty(len(found), np.int64), np.zeros(len(groups), bool)
+    numbers[np.argsort(places, kind="stable")] = np.arange(len(found))
+    first[order[places]] = True
+    return numbers, first
+
 # %% ../../nbs/clustering/12_duplicates.ipynb #85ddae38
 @njit(nogil=True, cache=True)
 def _select(n, a, b):
@@ -86,12 +108,12 @@ class Duplicates:
 
     @property
     def kept_rows(self) -> np.ndarray:
-        "Which of the usable rows are kept, in the order of the input."
+        "Which of the usable rows are kept, in the order of the input: (n,) int64."
         return self._choice[0]
 
     @property
     def kept(self) -> np.ndarray:
-        "Ids of the items that are kept, in the order of the input."
+        "Ids of the items that are kept, in the order of the input: (n,) strings."
         return self.items["id"].take(self.kept_rows).to_numpy()
 
     @cached_property

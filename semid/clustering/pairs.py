@@ -22,7 +22,7 @@ from .nearest import Codebooks, assign, backend_of
 from .pool import _start_ray
 from .rows import ANY_ORDER, INT8_WIDTH, exact_dot, over_blocks, quantise_rows
 from .sums import squared_distances
-from ..config import DataError
+from ..config import DataError, SemidError
 
 # %% ../../nbs/clustering/11_pairs.ipynb #45a944c7
 @njit(nogil=True, cache=True)
@@ -56,14 +56,18 @@ class Stored:
         if path is None and array is None: self.array = np.empty(shape, dtype)
         if path is not None and not Path(path).exists():
             with open(path, "wb") as f: f.truncate(max(1, int(np.prod(shape)) * self.dtype.itemsize))
+    def __repr__(self): return f"Stored({self.shape}, {self.dtype}, path={self.path and str(self.path)!r})"
     def open(self) -> np.ndarray:
-        "The array; let go of it soon."
+        "The array, of `shape`; let go of it soon."
         if self.path is None: return self.array
         if not np.prod(self.shape): return np.empty(self.shape, self.dtype)
         mapped: Any = np.memmap(self.path, self.dtype, "r+", shape=self.shape)
         if hasattr(mmap, "MADV_RANDOM"): mapped._mmap.madvise(mmap.MADV_RANDOM)  # no others
         return np.asarray(mapped)
-    def take(self, rows) -> np.ndarray:
+    def take(
+        self,
+        rows,         # (n,) row numbers
+    ) -> np.ndarray:  # (n, ...)
         "Some rows, a new array."
         if self.path is None: return self.array[rows]
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
@@ -226,14 +230,20 @@ class Search:
     stats: Stored      # (4, E) float32, see `screen_form`
     threshold: float
 
-    def cosines(self, a, b) -> np.ndarray:
+    def cosines(
+        self,
+        a, b,         # (n,) row numbers
+    ) -> np.ndarray:  # (n,) float64
         "Exact cosines of rows a[n] and b[n]."
         if self.values.path is None: return cosines(self.values.open(), self.squares.open(), a, b)
         rows, places = np.unique(np.concatenate([a, b]), return_inverse=True)  # fetch each row once
         return cosines(self.values.take(rows), self.squares.take(rows), *places.reshape(2, -1))
 
-    def tile(self, tile):
-        "Pairs in one tile: rows a < b and their cosine."
+    def tile(
+        self,
+        tile,  # (5,) a row of `cut_tiles`
+    ):         # (n,) int32 a, (n,) int32 b, (n,) float64 cosine
+        "Pairs in one tile, rows a < b."
         k, top, bottom, left, right = (int(v) for v in tile)
         Q, stats, rows = self.quantised.open(), self.stats.open(), self.rows.open()
         floor, found, column = np.float32(self.threshold - _SLACK), [], stats[:, left:right].copy()
@@ -373,7 +383,9 @@ def search_on_ray(
                     if len(waiting) == n_workers: break
                 if not waiting: return join_pairs(found)
                 (done,), _ = ray.wait([*waiting], num_returns=1)
-                found.append(ray.get(done))
+                try: found.append(ray.get(done))
+                except ray.exceptions.RayTaskError as e: raise e.cause from None
+                except ray.exceptions.RayError as e: raise SemidError(f"A Ray task died: {e}") from None
                 bar.update(waiting.pop(done))
                 n += len(found[-1][0])
                 _counted(n, most, search.threshold)

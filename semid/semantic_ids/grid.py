@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..clustering.distributed import _alone_in
+from ..config import alone_in
 from ..clustering.kmeans import normalise_rows
 from ..clustering.pool import about_process, open_pool
 from ..clustering.rows import as_matrix
@@ -297,7 +297,7 @@ def run_grid(
     settings = {"n_levels": int(n_levels), "k": int(k), "metric": metric, "options": options,
                 "rq_vae": rq_vae or {}}
     wanted, run = _wanted(points, X, unseen, settings), GridRun()
-    with _alone_in(folder):
+    with alone_in(folder):
         if fresh: _remove_others(folder, set())
         there = {point: _read_point(folder, point, wanted[point]) for point in points}
         run.notes = [f"{word}: made again" for _, word in there.values() if word]

@@ -17,7 +17,7 @@ from sqlalchemy import exc, select
 
 from ..clustering.rows import as_matrix
 from ..config import ConfigError, DataError, ShapeMismatchError
-from .encoding import _table
+from .encoding import ids_table
 from .formatting import _check_codes, _check_format, _check_separator, codes_to_ids
 from .id_database import (
     IDS, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, unpack_codes)
@@ -149,7 +149,7 @@ class IdVersion(Version):
         "Everything in the format that `encode_features` writes, in the order in which the items came."
         names, codes, slots = self.rows()
         semantic = codes_to_ids(codes, sep=self.sep, fmt=self.fmt)
-        return _table(names, codes, semantic, spell(self, codes, slots))
+        return ids_table(names, codes, semantic, spell(self, codes, slots))
 
 # %% ../../nbs/semantic_ids/15_id_registry.ipynb #4aab5452
 def _check_model(model, collisions):

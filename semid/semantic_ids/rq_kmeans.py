@@ -120,18 +120,29 @@ class RQKMeans:
         self.prices_, self.codes_ = (prices, np.stack(codes, axis=1)) if balanced else (None, None)
         return self
 
+    def level_model(
+        self,
+        level,         # from 0
+        device="cpu",  # where assignments are screened
+    ) -> KMeans:
+        "What is fitted to what the levels before left, where clusters are not balanced."
+        return KMeans(self.n_clusters[level], relocate=6, device=device, backend=self.backend,
+                      random_state=self._generator(level), **self._same())
+
+    def _same(self):
+        "Settings that all levels share, of whichever implementation."
+        return dict(n_init=self.n_init or 1, max_iter=self.max_iter, tol=self.tol, n_threads=self.n_threads,
+                    verbose=self.verbose)
+
     def _level(self, residual, level, device):
-        K, n_init = self.n_clusters[level], self.n_init or 1
-        rng = self._generator(level)
-        same = dict(n_init=n_init, max_iter=self.max_iter, tol=self.tol, random_state=rng,
-                    n_threads=self.n_threads, verbose=self.verbose)
-        if self.implementation == "kmeans":
-            return KMeans(K, relocate=6, device=device, backend=self.backend, **same).fit(residual)
+        if self.implementation == "kmeans": return self.level_model(level, device).fit(residual)
+        K, rng, same = self.n_clusters[level], self._generator(level), self._same()
         least, most = _sizes(len(residual), K, self.slack)
-        balanced = BalancedKMeans(K, least, most, **same)
+        balanced = BalancedKMeans(K, least, most, random_state=rng, **same)
         if self.solver == "exact": return balanced.fit(residual)
         seed = int(rng.integers(2**31 - 1))
-        centroids = _constrained_centroids(residual, K, least, most, self.max_iter, self.tol, n_init, seed)
+        centroids = _constrained_centroids(residual, K, least, most, self.max_iter, self.tol, same["n_init"],
+                                           seed)
         labels, prices = assign_with_bounds(residual, centroids, least, most, self.n_threads)
         balanced.cluster_centers_, balanced.labels_, balanced.prices_ = centroids, labels, prices
         return balanced
@@ -143,6 +154,22 @@ class RQKMeans:
         if seed is None or isinstance(seed, np.random.Generator): return np.random.default_rng(seed)
         if seed < 0: raise ConfigError(f"random_state must be a whole number from 0, not {seed}.")
         return np.random.default_rng([seed, level])
+
+    def fit_parquet(
+        self,
+        data_urls,      # Parquet files with ids and features: paths, folders, patterns or URIs; one or a list
+        work_dir=None,  # room for three times the vectors; a fit that was killed goes on there
+        **options,      # of `out_of_core.fit_parquet`: n_workers, max_bad_fraction, address, n_threads, ...
+    ) -> "RQKMeans":
+        "`fit` for more vectors than memory holds: the same codebooks."
+        from semid.semantic_ids.out_of_core import fit_parquet
+        return fit_parquet(self, data_urls, work_dir, **options)
+
+    @property
+    def dim(self) -> int:
+        "D of the vectors."
+        self._fitted()
+        return self.codebooks_[0].shape[1]
 
     def latents(
         self,
@@ -173,6 +200,16 @@ class RQKMeans:
             self._checked(X), books, self.latents, beam_size=beam_size,
             return_alternatives=return_alternatives, batch_size=batch_size, backend=self.backend,
             device=device, n_threads=self.n_threads, progress="RQ-KMeans encode" if self.verbose else None)
+
+    def encode_parquet(
+        self,
+        data_urls,   # Parquet files with ids and features: paths, folders, patterns or URIs; one or a list
+        output_dir,  # where codes/part-00000.parquet, ... (id, codes, semantic_id) and manifest.json go
+        **options,   # of `out_of_core.encode_parquet`: beam_size, n_workers, sep, fmt, max_bad_fraction, ...
+    ) -> int:        # how many vectors were encoded
+        "Codes and semantic IDs of all vectors, in files."
+        from semid.semantic_ids.out_of_core import encode_parquet
+        return encode_parquet(self, data_urls, output_dir, **options)
 
     def decode(
         self,

@@ -19,124 +19,8 @@ from ..config import ConfigError, ModelFormatError, NotFittedError, atomic_path
 from ..config import device as pick_device
 from .coding import encode_rows, reconstruction_error, sum_of_codes
 from .formatting import codes_to_ids
-from .metrics import code_utilization_per_level, collision_rate_per_level
-from .metrics import perplexity_per_level
-from ..training import learning_rate, shuffled, train
-
-# %% ../../nbs/semantic_ids/08_rq_vae.ipynb #0d187157
-def _power_of_two(x): return float(2.0 ** np.round(np.log2(x))) if x > 0 else 1.0
-
-def _normalisation(X):
-    "Mean (D,) and scale of vectors."
-    mean = X.mean(0, dtype=np.float64)
-    square = np.einsum("ij,ij->", X, X, dtype=np.float64) / X.size - (mean @ mean) / X.shape[1]
-    return mean.astype(np.float32), _power_of_two(np.sqrt(max(square, 0.0)))
-
-# %% ../../nbs/semantic_ids/08_rq_vae.ipynb #5a29e571
-def _forget(optimizer, weight, rows):
-    "Clear the optimizer's moments for some rows of a weight."
-    for value in optimizer.state.get(weight, {}).values():
-        if getattr(value, "shape", None) == weight.shape: value[rows] = 0
-
-def _restart(weight, residual, chosen, below, generator):
-    "Move codes that were chosen less than `below` times an equal share; returns which."
-    import torch
-    counts = torch.bincount(chosen, minlength=len(weight))
-    dead = (counts < max(1.0, below * len(chosen) / len(weight))).nonzero()[:, 0]
-    gaps = ((residual - weight[chosen]) ** 2).sum(1).cpu()
-    dead = dead[:int((gaps > 0).sum())]
-    if len(dead):
-        picks = torch.multinomial(gaps, len(dead), generator=generator)
-        weight[dead] = residual[picks.to(weight.device)]
-    return dead
-
-def _follow(
-    module,     # RQVAEModule after an epoch
-    rows,       # (n, D) normalised vectors
-    below,      # a code is dead if it is chosen less than this share of an equal share
-    optimizer,
-    generator,  # torch generator
-    rounds=2,   # of k-means
-) -> int:       # how many dead codes there were
-    "Let the codebooks catch up with the encoder."
-    import torch
-    module.eval()
-    with torch.no_grad():
-        residual, n = module.encoder(rows), 0
-        for q in module.rq.vq_layers:
-            weight = q.embedding.weight
-            for _ in range(rounds):
-                dead = _restart(weight, residual, q.choose(residual), below, generator)
-                _forget(optimizer, weight, dead)
-                n += len(dead)
-                chosen = q.choose(residual)
-                sums = torch.zeros_like(weight).index_add_(0, chosen, residual)
-                counts = torch.bincount(chosen, minlength=q.n_e)[:, None]
-                weight.copy_(torch.where(counts > 0, sums / counts.clamp_min(1), weight))
-            residual = residual - weight[q.choose(residual)]
-    return n
-
-# %% ../../nbs/semantic_ids/08_rq_vae.ipynb #32d97694
-def _start_codebooks(model, rows):
-    "k-means of the latents of some rows, level by level."
-    import torch
-    from semid.semantic_ids.rq_vae_module import kmeans_centroids
-    with torch.no_grad():
-        residual = model.module.eval().encoder(rows)
-        for level, q in enumerate(model.module.rq.vq_layers):
-            rng = np.random.default_rng([model._seed, level])
-            centroids = kmeans_centroids(residual.float().cpu().numpy(), q.n_e, q.kmeans_iters, rng)
-            q.embedding.weight.copy_(torch.from_numpy(centroids))
-            residual = residual - q.embedding(q.choose(residual))
-
-# %% ../../nbs/semantic_ids/08_rq_vae.ipynb #72e7e771
-def _evaluate(model, rows, whole):
-    "Error and collisions of some normalised rows, whose vectors have `whole` as their sum of squares."
-    import torch
-    lost, codes = 0.0, []
-    for part in rows.split(8192):
-        indices = model.module.get_indices(part)
-        gap = part - model.module.decoder(model.module.rq.entries(indices))
-        lost += float((gap * gap).sum(dtype=torch.float64 if gap.device.type != "mps" else None))
-        codes.append(indices.cpu().numpy())
-    found = np.concatenate(codes)
-    return {"relative_mse": lost * model.scale_**2 / whole if whole else 0.0,
-            "collision_rate": collision_rate_per_level(found)[-1],
-            "perplexity": perplexity_per_level(found),
-            "utilisation": code_utilization_per_level(found, model.num_emb_list)}
-
-# %% ../../nbs/semantic_ids/08_rq_vae.ipynb #052387ad
-def _fit(model, X, where, checkpoint, resume, log):
-    "Train the network on rows X."
-    import torch
-    module, rng = model.module.to(where), np.random.default_rng([model._seed, 2**32])
-    vectors, mean = torch.from_numpy(X if X.flags.writeable else X.copy()), torch.from_numpy(model.mean_)
-    rows_at = lambda batch: ((vectors[batch] - mean) / model.scale_).to(where)
-    sample = np.sort(rng.choice(len(X), min(len(X), 16384), replace=False))
-    some = rows_at(torch.from_numpy(sample))
-    whole = float(np.einsum("ij,ij->", X[sample], X[sample], dtype=np.float64))
-    going_on = resume and checkpoint and Path(checkpoint).exists()
-    if not going_on and not all(q.initted for q in module.rq.vq_layers): _start_codebooks(model, some)
-    for q in module.rq.vq_layers: q.initted = True
-    optimizer = torch.optim.AdamW(module.parameters(), lr=model.lr, weight_decay=model.weight_decay)
-    def objective(batch):
-        rows = rows_at(batch)
-        out, quantising, _ = module(rows)
-        loss, gap = module.compute_loss(out, quantising, rows)
-        return {"loss": loss, "recon_loss": gap}
-    def after_epoch(epoch, generator):
-        if model.restart_below is None: return {}
-        return {"restarted": _follow(module, some, model.restart_below, optimizer, generator)}
-    a_pass = -(-len(X) // model.batch_size)
-    rate = learning_rate(model.lr_scheduler, model.epochs * a_pass, model.warmup_epochs * a_pass,
-                         model.lr_step_size * a_pass, model.lr_gamma)
-    kept = {name: getattr(model, name) for name in _ARCHITECTURE + _TRAINING}
-    return train(
-        module, objective, lambda generator: shuffled(len(X), model.batch_size, generator), model.epochs,
-        optimizer, rate=rate, evaluate=lambda: _evaluate(model, some, whole), after_epoch=after_epoch,
-        best_by=model.best_by, keep_start=model.residual, patience=model.patience, seed=model._seed,
-        checkpoint=checkpoint, resume=resume, log=log, progress="RQ-VAE fit" if model.verbose else None,
-        about=kept | {"epochs": None, "patience": None, "data": hashlib.sha256(X).hexdigest()})
+from .rq_vae_training import fit_network, normalisation, power_of_two
+from ..training import learning_rate, seed_of
 
 # %% ../../nbs/semantic_ids/08_rq_vae.ipynb #fce5ea3d
 def _in_float64(part, rows, where):
@@ -155,44 +39,62 @@ def _tensors(model):
     own = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.module.state_dict().items()}
     return own | {"mean": torch.from_numpy(model.mean_.copy()), "scale": torch.tensor(model.scale_)}
 
+def _short(error):
+    "What an error says, on one line."
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
 def _save(model, path):
     from safetensors.torch import save
     from semid import __version__
     meta = {"type": "RQVAE", **{k: getattr(model, k) for k in _ARCHITECTURE + _TRAINING},
-            "history": model.history_, "sha256": model.fingerprint(), "semid_version": __version__}
+            "history": model.history_, "best_epoch": model.best_epoch_, "sha256": model.fingerprint(),
+            "semid_version": __version__}
     text = json.dumps(meta, indent=2)
     whole = save(_tensors(model), {"semid": text})
     with atomic_path(path / "model.safetensors") as tmp: tmp.write_bytes(whole)
     with atomic_path(path / "metadata.json") as tmp: tmp.write_text(text + "\n")
 
 # %% ../../nbs/semantic_ids/08_rq_vae.ipynb #68d2a95f
+def _of_rqvae(meta, path):
+    "The metadata, if they are those of an RQVAE."
+    kind = meta.get("type") if isinstance(meta, dict) else None
+    if kind != "RQVAE": raise ModelFormatError(f"Invalid model type: {kind} in {path}; expected RQVAE.")
+    return meta
+
 def _read(path):
     "Metadata and tensors of a model folder."
     from safetensors import safe_open
-    if (ours := path / "model.safetensors").is_file():
-        with safe_open(ours, framework="pt") as file:
-            return json.loads(file.metadata()["semid"]), {k: file.get_tensor(k) for k in [*file.keys()]}
-    import torch
-    tensors = torch.load(path / "model.pt", map_location="cpu", weights_only=True)  # of semantic-id
-    return json.loads((path / "metadata.json").read_text()), tensors
+    if not (weights := path / "model.safetensors").is_file() and (path / "model.pt").is_file():
+        raise ModelFormatError(f"{path}/model.pt is a pickle, which is never opened: if you trust it, write "
+                               "its weights with safetensors.torch.save_file to model.safetensors beside it.")
+    if not weights.is_file() and (path / "metadata.json").is_file():
+        _of_rqvae(json.loads((path / "metadata.json").read_text()), path)
+    with safe_open(weights, framework="pt") as file:
+        inside = (file.metadata() or {}).get("semid")
+        about = json.loads((path / "metadata.json").read_text() if inside is None else inside)
+        return _of_rqvae(about, path), {k: file.get_tensor(k) for k in [*file.keys()]}
+
+def _fill(model, tensors):
+    "Put mean, scale and weights into a model."
+    if "mean" in tensors: model.mean_, model.scale_ = tensors.pop("mean").numpy(), float(tensors.pop("scale"))
+    model.module.load_state_dict(tensors)
+    for level in model.module.rq.vq_layers: level.initted = True
+    model.module.eval()
+    model._is_fitted = True
 
 def _load(cls, path, device):
     try: meta, tensors = _read(path)
+    except ModelFormatError: raise
     except Exception as e:  # safetensors and torch have errors of their own, and damage shows as others too
-        raise ModelFormatError(f"{path} can't be read as an RQVAE model ({e}): it is incomplete, corrupt or "
-                               "another kind of model; save it again.") from None
-    if meta.get("type") != "RQVAE":
-        raise ModelFormatError(f"Invalid model type: {meta.get('type')} in {path}; expected RQVAE.")
+        raise ModelFormatError(f"{path} can't be read as an RQVAE model ({_short(e)}): it is incomplete, "
+                               "corrupt or another kind of model; save it again.") from None
     try:
         model = cls(**{k: meta[k] for k in _ARCHITECTURE + _TRAINING if k in meta}, device=device)
-        if "mean" in tensors:
-            model.mean_, model.scale_ = tensors.pop("mean").numpy(), float(tensors.pop("scale"))
-        model.module.load_state_dict(tensors)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ModelFormatError(f"{path}: its metadata and weights don't fit ({e}).") from None
-    for level in model.module.rq.vq_layers: level.initted = True
-    model.module.eval()
-    model.history_, model._is_fitted = meta.get("history", {}), True
+        _fill(model, tensors)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as e:
+        raise ModelFormatError(f"{path}: its metadata and weights don't fit ({_short(e)}).") from None
+    model.history_, model.best_epoch_ = meta.get("history", {}), meta.get("best_epoch")
     if meta.get("sha256", model.fingerprint()) != model.fingerprint():
         raise ModelFormatError(f"{path}: its weights are not those that were saved (sha256 differs).")
     return model
@@ -234,33 +136,40 @@ class RQVAE:
         random_state=None,        # seed; on the CPU, runs of one seed are the same to the last digit
         metric="l2",              # "l2", or "cosine": rows are scaled to length 1 first
         gradient="straight-through",  # past the choice of a code: or "rotation"
-        best_by="relative_mse",   # which epoch is kept: "relative_mse", "collision_rate", "loss"
+        best_by="relative_mse",   # which epoch is kept: "relative_mse", "collision_rate", "loss" in training
         patience=None,            # stop after so many epochs without a better one
         restart_below=0.1,        # after an epoch all codes take steps of k-means, and those chosen less than
                                   # this share of an equal share restart; None: gradients alone
         residual=False,           # encoder and decoder start as the identity, see `from_rq_kmeans`
     ):
         if metric not in ("l2", "cosine"): raise ConfigError(f"Unknown metric {metric!r}: use l2 or cosine.")
+        if loss_type not in ("mse", "l1"): raise ConfigError(f"Unknown loss {loss_type!r}: use mse or l1.")
+        learning_rate(lr_scheduler, 1)  # an error if there is none of that name
         if best_by not in ("relative_mse", "collision_rate", "loss"):
             raise ConfigError(f"Unknown best_by {best_by!r}: use relative_mse, collision_rate or loss.")
         self.in_dim, self.e_dim = operator.index(in_dim), operator.index(e_dim)
         self.num_emb_list = [256] * 4 if num_emb_list is None else [operator.index(k) for k in num_emb_list]
         self.layers = [512, 256, 128] if layers is None else [operator.index(w) for w in layers]
-        sizes = [self.in_dim, self.e_dim, batch_size, *self.layers, *self.num_emb_list]
+        sizes = [self.in_dim, self.e_dim, batch_size, lr_step_size, *self.layers, *self.num_emb_list]
         if min(sizes) < 1 or not self.num_emb_list:
-            raise ConfigError("in_dim, e_dim, batch_size, layers and num_emb_list must be at least 1.")
-        self.dropout_prob, self.bn, self.loss_type, self.gradient = dropout_prob, bn, loss_type, gradient
-        self.quant_loss_weight, self.beta, self.residual = quant_loss_weight, beta, residual
-        self.kmeans_init, self.kmeans_iters = kmeans_init, kmeans_iters
+            raise ConfigError("in_dim, e_dim, batch_size, lr_step_size, layers and num_emb_list must be at "
+                              "least 1.")
+        self.dropout_prob, self.lr, self.weight_decay = float(dropout_prob), float(lr), float(weight_decay)
+        self.quant_loss_weight, self.beta = float(quant_loss_weight), float(beta)
+        self.lr_gamma = float(lr_gamma)
+        self.bn, self.residual, self.kmeans_init = bool(bn), bool(residual), bool(kmeans_init)
+        self.loss_type, self.gradient, self.lr_scheduler = loss_type, gradient, lr_scheduler
         self.sk_epsilons = None if sk_epsilons is None else [float(epsilon) for epsilon in sk_epsilons]
-        self.sk_iters, self.lr, self.weight_decay = sk_iters, lr, weight_decay
-        self.batch_size, self.epochs, self.lr_scheduler = int(batch_size), epochs, lr_scheduler
-        self.warmup_epochs, self.lr_step_size, self.lr_gamma = warmup_epochs, lr_step_size, lr_gamma
+        self.kmeans_iters, self.sk_iters = operator.index(kmeans_iters), operator.index(sk_iters)
+        self.batch_size, self.epochs = operator.index(batch_size), operator.index(epochs)
+        self.warmup_epochs, self.lr_step_size = operator.index(warmup_epochs), operator.index(lr_step_size)
         self.device, self.verbose, self.metric, self.best_by = device, verbose, metric, best_by
-        self.patience, self.restart_below = patience, restart_below
+        self.patience = None if patience is None else operator.index(patience)
+        self.restart_below = None if restart_below is None else float(restart_below)
         self.random_state = None if random_state is None else operator.index(random_state)
         self._seed = int(np.random.default_rng(self.random_state).integers(2**53))
         self.history_: dict[str, list] = {}
+        self.best_epoch_: int | None = None  # counted from 1; 0 is what RQ-KMeans+ started from
         self.mean_, self.scale_, self._is_fitted = np.zeros(self.in_dim, np.float32), 1.0, False
         self.prices_ = None  # as balanced codebooks of RQKMeans have
         self.module = self._new_module()
@@ -277,6 +186,8 @@ class RQVAE:
                 f"layers={self.layers}{'' if self._is_fitted else ', not fitted'})")
 
     @property
+    def dim(self) -> int: return self.in_dim
+    @property
     def n_levels(self) -> int: return len(self.num_emb_list)
     @property
     def n_clusters(self) -> list[int]: return self.num_emb_list
@@ -292,15 +203,16 @@ class RQVAE:
         **options,  # more arguments: layers, lr, epochs, …
     ) -> "RQVAE":   # gives the model's codes, and better ones after `fit`
         "RQ-KMeans+: a residual network around the codebooks of RQ-KMeans; prices are not kept."
-        dim, books = model.codebooks_[0].shape[1], model.codebooks_
+        model._fitted()
+        dim = model.codebooks_[0].shape[1]
         new = cls(dim, model.n_clusters, dim, metric=model.metric, residual=True, **options)
-        new._start_from(books)
+        new._start_from(model.codebooks_)
         return new
 
     def _start_from(self, codebooks):
         from semid.semantic_ids.rq_vae_module import start_from
-        self.mean_[:] = 0
-        self.scale_ = _power_of_two(np.sqrt((codebooks[0].astype(np.float64) ** 2).mean()))
+        self.mean_ = np.zeros(self.in_dim, np.float32)
+        self.scale_ = power_of_two(np.sqrt((codebooks[0].astype(np.float64) ** 2).mean()))
         start_from(self.module, [C / np.float32(self.scale_) for C in codebooks])
         self.residual = self._is_fitted = True
 
@@ -314,15 +226,23 @@ class RQVAE:
         resume=False,                   # go on from it, if it is there
         log=None,                       # (dict of numbers, epoch) -> None, such as `start_run(...).log`
     ) -> "RQVAE":
-        "Train, and keep the best weights. A second call goes on from the present ones."
+        "Train, and keep the best weights; after an error all is as before. A second call goes on from there."
         X = self._matrix(X)
         check_finite(X)
+        new = copy.copy(self)
+        new.module = copy.deepcopy(self.module)
+        new.residual = new.module.residual
         if pretrained_codebook_path is not None:
             from semid.semantic_ids.rq_vae_module import read_codebooks
-            self._start_from(read_codebooks(pretrained_codebook_path))
-        elif not self._is_fitted and not self.residual: self.mean_, self.scale_ = _normalisation(X)
-        done = _fit(self, X, pick_device(device or self.device), checkpoint, resume, log)
-        self.history_, self.best_epoch_, self._is_fitted = done.history, done.best_epoch, True
+            new._start_from(read_codebooks(pretrained_codebook_path))
+        elif not self._is_fitted and not new.residual: new.mean_, new.scale_ = normalisation(X)
+        if resume and checkpoint and self.random_state is None and Path(checkpoint).exists():
+            new._seed = seed_of(checkpoint)
+        about = {name: getattr(new, name) for name in _ARCHITECTURE + _TRAINING}
+        done = fit_network(new, X, pick_device(device or self.device), checkpoint, resume, log,
+                           about | {"epochs": None, "patience": None})
+        new.history_, new.best_epoch_, new._is_fitted = done.history, done.best_epoch, True
+        vars(self).update(vars(new))
         return self
 
     def _matrix(self, X, first=0):
@@ -364,6 +284,16 @@ class RQVAE:
             beam_size=beam_size, return_alternatives=return_alternatives, batch_size=batch_size, device=where,
             progress="RQ-VAE encode" if self.verbose else None)
 
+    def encode_parquet(
+        self,
+        data_urls,   # Parquet with ids and features: paths, folders, patterns or URIs; one or a list
+        output_dir,  # where codes/part-00000.parquet, ... (id, codes, semantic_id) and manifest.json go
+        **options,   # of `out_of_core.encode_parquet`: beam_size, device, n_workers, sep, fmt, ...
+    ) -> int:        # how many vectors were encoded
+        "Codes and semantic IDs of all vectors, in files."
+        from semid.semantic_ids.out_of_core import encode_parquet
+        return encode_parquet(self, data_urls, output_dir, **options)
+
     def decode(
         self,
         codes,         # (N, l) integers, l ≤ L: a prefix decodes to a coarser vector
@@ -402,7 +332,7 @@ class RQVAE:
         kept, weights = model.module.state_dict(), self.module.state_dict()
         model.module.load_state_dict({name: weights[name] for name in kept})
         model.module.eval()
-        model.mean_, model.scale_, model._is_fitted = self.mean_, self.scale_, True
+        model.mean_, model.scale_, model._is_fitted = self.mean_.copy(), self.scale_, True
         return model
 
     def fingerprint(self) -> str:

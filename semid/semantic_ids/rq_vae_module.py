@@ -63,12 +63,15 @@ def straight_through(x, quantised):
     return x + (quantised - x).detach()
 
 def rotate_to(x, quantised):
-    "`quantised`, as a rotated and scaled `x`."
-    length, target = (v.norm(dim=-1, keepdim=True).clamp_min(1e-12) for v in (x, quantised))
-    e, q = (x / length).detach(), (quantised / target).detach()
-    r = F.normalize(e + q, dim=-1)
+    "`quantised`, as a rotated and scaled `x`; straight through where either is zero or they are opposite."
+    small, lengths = 1e-12, [v.detach().norm(dim=-1, keepdim=True) for v in (x, quantised)]
+    e, q = (v.detach() / length.clamp_min(small) for v, length in zip((x, quantised), lengths))
+    between = (e + q).norm(dim=-1, keepdim=True)
+    r = (e + q) / between.clamp_min(small)
     turned = x - 2 * (x * r).sum(-1, keepdim=True) * r + 2 * (x * e).sum(-1, keepdim=True) * q
-    return turned * (target / length).detach()
+    possible = (torch.minimum(*lengths) > small) & (between > 1e-3)
+    scaled = turned * (lengths[1] / lengths[0].clamp_min(small))
+    return torch.where(possible, scaled, straight_through(x, quantised))
 
 _GRADIENTS = {"straight-through": straight_through, "rotation": rotate_to}
 
@@ -107,7 +110,6 @@ def kmeans_centroids(
 
 class VectorQuantizer(nn.Module):
     "A codebook: the nearest code of every vector."
-    used: torch.Tensor
     def __init__(
         self,
         n_e,                 # K, codes
@@ -127,7 +129,6 @@ class VectorQuantizer(nn.Module):
         self.sk_epsilon, self.sk_iters = sk_epsilon, sk_iters
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
-        self.register_buffer("used", torch.zeros(n_e, dtype=torch.int64), persistent=False)
 
     def get_codebook(self): return self.embedding.weight
 
@@ -161,7 +162,6 @@ class VectorQuantizer(nn.Module):
         latent = x.reshape(-1, self.e_dim)
         if not self.initted and self.training: self.init_emb(latent)
         indices = self.choose(latent, use_sk)
-        if self.training: self.used += torch.bincount(indices, minlength=self.n_e)
         quantised = self.embedding(indices).view(x.shape)
         loss = F.mse_loss(quantised, x.detach()) + self.beta * F.mse_loss(quantised.detach(), x)
         return _GRADIENTS[self.gradient](x, quantised), loss, indices.view(x.shape[:-1])
@@ -257,6 +257,11 @@ class RQVAEModule(nn.Module):
         self.decoder: nn.Module = MLPLayers(widths[::-1], dropout_prob, bn=bn)
         if residual: self.add_identity()
 
+    @property
+    def residual(self) -> bool:
+        "Whether encoder and decoder add to the identity."
+        return isinstance(self.encoder, ResidualEncoderWrapper)
+
     def add_identity(self):
         "Make encoder and decoder start as the identity."
         if self.in_dim != self.e_dim:
@@ -290,11 +295,18 @@ class RQVAEModule(nn.Module):
 def read_codebooks(
     path,                # codebooks.npz of a saved RQKMeans
 ) -> list[np.ndarray]:   # (K_l, D) float32 of each level
-    "The codebooks in a file."
-    with np.load(path, allow_pickle=False) as file:
-        names = [name for name in file.files if name.startswith("codebook_")]
-        if not names: raise ModelFormatError(f"{path} holds no codebooks: give those of an RQKMeans.")
-        return [file[f"codebook_{level}"].astype(np.float32) for level in range(len(names))]
+    "The codebooks in a file; ModelFormatError if it holds none, or is damaged or pickled."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            levels = range(sum(name.startswith("codebook_") for name in file.files))
+            codebooks = [file[f"codebook_{level}"].astype(np.float32) for level in levels]
+        if not codebooks: raise ValueError("there are none")
+        if not all(np.isfinite(C).all() for C in codebooks): raise ValueError("NaN or Inf")
+    except FileNotFoundError: raise
+    except Exception as e:  # zipfile, zlib and numpy have many of their own
+        raise ModelFormatError(f"{path} can't be read as codebooks ({e}): give the codebooks.npz of a saved "
+                               "RQKMeans.") from None
+    return codebooks
 
 def start_from(
     model,      # RQVAEModule
