@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
            'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'default_threads', 'flush_to_disk',
-           'atomic_path', 'alone_in', 'write_json', 'save_figure']
+           'is_alive', 'atomic_path', 'alone_in', 'write_json', 'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
 import glob, json, os, random, re, tempfile, warnings
@@ -133,7 +133,7 @@ def flush_to_disk(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def _alive(pid):
+def is_alive(pid):
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: return True
@@ -143,7 +143,7 @@ def _sweep(path):
     "Remove temporary files for `path` whose process is gone."
     for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
         pid = left.name.removeprefix(f".{path.name}.").partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)): left.unlink(missing_ok=True)
+        if pid.isdigit() and not is_alive(int(pid)): left.unlink(missing_ok=True)
 
 @contextmanager
 def atomic_path(

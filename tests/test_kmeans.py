@@ -13,7 +13,7 @@ from semid.clustering.inference import KMeansInference, read_model, train_local
 from semid.clustering.kmeans import KMeans, normalise_rows
 from semid.clustering.lloyd import Clustered, InMemory, lloyd, sample_rows
 from semid.clustering.rows import quantise_rows
-from semid.clustering.sums import Survey, _exact_sum, _gap_steps, _Sums, squared_distances
+from semid.clustering.sums import Survey, exact_sum, gap_steps, ClusterSums, squared_distances
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from semid.features import write_features
 
@@ -41,14 +41,14 @@ def test_sums_and_distances_do_not_know_how_rows_are_cut(seed, n, dim, scale, da
     assert joined.n == survey.n and (joined.low == survey.low).all() and (joined.high == survey.high).all()
     power = survey.power
     X, centroids, survey = np.ldexp(X, -power), np.ldexp(centroids, -power), survey.scaled(power)
-    steps = _gap_steps(survey, centroids)
+    steps = gap_steps(survey, centroids)
     gaps = squared_distances(X, centroids, labels)
     assert np.allclose(gaps, ((X.astype(float) - centroids[labels])**2).sum(1), rtol=1e-12)
-    split = sum(_exact_sum(squared_distances(X[p], centroids, labels[p]), steps) for p in parts)
-    assert (split == _exact_sum(gaps, steps)).all()
+    split = sum(exact_sum(squared_distances(X[p], centroids, labels[p]), steps) for p in parts)
+    assert (split == exact_sum(gaps, steps)).all()
     assert (split[0] / steps[0] + split[1] / steps[1]) == pytest.approx(gaps.sum(), rel=1e-9)
-    whole = _Sums(X, 4).follow(labels).sums
-    assert (sum(_Sums(X[p], 4, survey=survey).follow(labels[p]).sums for p in parts) == whole).all()
+    whole = ClusterSums(X, 4).follow(labels).sums
+    assert (sum(ClusterSums(X[p], 4, survey=survey).follow(labels[p]).sums for p in parts) == whole).all()
 
 
 @pytest.mark.parametrize("dim", [1, 7, 32, 33, 100])

@@ -221,7 +221,7 @@ def test_group_sizes_and_distances(seed, n, levels, metric):
     sizes = neighbours._group_sizes(codes, np.arange(n), metric)
     for q in range(n):
         distance = code_distances_from(codes, q, metric)
-        assert neighbours._code_distance(codes[q], codes, metric).tolist() == distance
+        assert neighbours.code_distance(codes[q], codes, metric).tolist() == distance
         others = [d for i, d in enumerate(distance) if i != q]
         assert sizes[q].tolist() == np.bincount(others, minlength=levels + 1).tolist()
 

@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans as SklearnKMeans
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from semid import KMeans, RQKMeans
-from semid.clustering.sums import _Sums
+from semid.clustering.sums import ClusterSums
 from semid.clustering.nearest import Codebooks, _assign_on_device, assign, nearest, quantise_rows
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 
@@ -196,8 +196,8 @@ def test_sums_know_no_order(seed, n, dim, scale):
     rng = np.random.default_rng(seed)
     X = (rng.uniform(-1, 1, (n, dim)) * scale).astype(np.float32)
     (first, last), order = rng.integers(0, 5, (2, n)).astype(np.int32), rng.permutation(n)
-    straight = _Sums(X, 5, 1).follow(last)
-    moved = _Sums(X[order], 5, 2).follow(first[order]).follow(last[order])
+    straight = ClusterSums(X, 5, 1).follow(last)
+    moved = ClusterSums(X[order], 5, 2).follow(first[order]).follow(last[order])
     assert (straight.sums == moved.sums).all()
     counts = np.bincount(last, minlength=5)
     sums = np.array([X[last == k].astype(np.float64).sum(0) for k in range(5)])
