@@ -29,6 +29,9 @@ def fit(
     max_iter: int = 100,
     n_init: Annotated[int, typer.Option(help="Starts a level; the best is kept.")] = 1,
     seed: Seed = 0,
+    work_dir: Annotated[Path | None, typer.Option(help="Fit on disk, in this folder, what memory does not "
+                        "hold; a fit that was killed goes on there. The result is the same.")] = None,
+    n_workers: Annotated[int, typer.Option(help="With --work-dir: Ray processes; 0: none.")] = 0,
     device: Device = "auto",
     id_column: IdColumn = "id",
     feature_column: FeatureColumn = "feature",
@@ -42,6 +45,12 @@ def fit(
     model = RQKMeans(levels, each[0] if len(each) == 1 else each, metric=metric.value, max_iter=max_iter,
                      implementation="constrained" if balanced else "kmeans", slack=slack, n_init=n_init,
                      random_state=seed, verbose=not quiet)
+    if work_dir is not None:
+        model.fit_parquet(features, work_dir, n_workers=n_workers, max_bad_fraction=max_bad_fraction,
+                          id_column=id_column, feature_column=feature_column, quarantine=quarantine)
+        model.save(output)
+        typer.echo(f"{output}: {levels} levels of {clusters} fitted to vectors of dimension {model.dim}")
+        return
     source = open_sources(features, id_column, feature_column, max_bad_fraction, quarantine, metric.value)
     _, X = source.read(progress=not quiet)
     model.fit(X, device=device).save(output)
@@ -68,9 +77,9 @@ def encode(
 ):
     "Turn vectors into unique semantic IDs; may be killed and run again."
     from semid.semantic_ids.encoding import encode_features
-    from semid.semantic_ids.rq_kmeans import RQKMeans
+    from semid.semantic_ids.engine import load_encoder
     from semid.semantic_ids.uniqueness import SQLiteCollisionStore
-    fitted = RQKMeans.load(model)
+    fitted = load_encoder(model)
     source = open_sources(features, id_column, feature_column, max_bad_fraction, quarantine, fitted.metric)
     memory = SQLiteCollisionStore(str(store)) if store else None
     manifest = encode_features(fitted, source, output, memory, device, batch_size, sep, fmt.value, not quiet)
@@ -94,9 +103,9 @@ def evaluate(
     quiet: Quiet = False,
 ):
     "Measure a model's IDs: collisions, code usage, recall, reconstruction."
+    from semid.semantic_ids.engine import load_encoder
     from semid.semantic_ids.metrics import evaluate as measure
-    from semid.semantic_ids.rq_kmeans import RQKMeans
-    fitted = RQKMeans.load(model)
+    fitted = load_encoder(model)
     read = lambda paths: open_sources(paths, id_column, feature_column, max_bad_fraction, quarantine,
                                fitted.metric).read(progress=not quiet)[1]
     X, unseen = read(features), read([heldout]) if heldout else None

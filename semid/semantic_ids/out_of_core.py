@@ -49,7 +49,7 @@ def _levels_done(folder, settings, sources):
     return found["levels"]
 
 # %% ../../nbs/semantic_ids/28_out_of_core.ipynb #892a5ff8
-def _first_stage(sources, folder, model, settings, verbose):
+def _first_stage(sources, folder, model, settings, quarantine):
     "The vectors in shards, from a former run if it laid them all down."
     names = "max_bad_fraction", "id_column", "feature_column"
     options, where = {name: settings[name] for name in names}, folder / "stage_0"
@@ -57,8 +57,8 @@ def _first_stage(sources, folder, model, settings, verbose):
         stage = Stage.open(where)
         same = {"rows_per_shard": settings["rows_per_shard"], "metric": model.metric, **options}
         if stage.options == same and not what_changed(sources, stage.marks): return stage
-    return stage_features(sources, where, settings["rows_per_shard"], model.metric, verbose,
-                          folder / "quarantine.parquet", **options)
+    return stage_features(sources, where, settings["rows_per_shard"], model.metric, model.verbose,
+                          quarantine or folder / "quarantine.parquet", **options)
 
 def _fit_levels(model, codebooks, stage, pool, folder, progress):
     "Fit the levels that are missing; each is noted when it is done."
@@ -85,6 +85,7 @@ def fit_parquet(
     max_bad_fraction=0.0,  # how large a share of rows or files may be bad before this fails
     address=None,          # of a Ray cluster, such as "auto"; a local one by default
     n_threads=None,        # threads of a worker: one by default, and all cores in this process
+    quarantine=None,       # where to list the bad rows: quarantine.parquet in work_dir by default
     rows_per_shard=65536,  # at most
     id_column="id",
     feature_column="feature",
@@ -105,7 +106,7 @@ def fit_parquet(
         codebooks = [np.load(folder / f"codebook_{level}.npy", allow_pickle=False) for level in range(done)]
         if done < model.n_levels:
             if done: stage = Stage.open(folder / f"stage_{done}")
-            else: stage = _first_stage(sources, folder, model, settings, model.verbose)
+            else: stage = _first_stage(sources, folder, model, settings, quarantine)
             if stage.n < (largest := max(model.n_clusters)):
                 raise ShapeMismatchError(f"n_samples={stage.n} should be >= n_clusters={largest}: "
                                          "use fewer clusters or more samples.")
