@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from semid import RQKMeans, write_features
-from semid.semantic_ids.encoding import read_ids
+from semid import RQVAE, RQKMeans, write_features
+from semid.semantic_ids.encoding import codes_of, read_ids
 
 SEMID = [str(Path(sys.executable).with_name("semid"))]
 
@@ -62,6 +62,27 @@ def check_refused(run, word, folder, before):
     lines = [line for line in run.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("semid: ") and word in lines[0], run.stderr
     assert {p.name for p in folder.rglob("*")} == before
+
+
+def test_a_fit_on_disk_is_the_fit_in_memory(made, tmp_path):
+    words = "--levels 2 --clusters 16 --max-iter 20 --quiet".split()
+    for name, more in (("memory", []), ("disk", ["--work-dir", "work"])):
+        run = semid("fit", made / "vectors.parquet", "-o", name, *words, *more, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    one, two = (RQKMeans.load(tmp_path / name).fingerprint() for name in ("memory", "disk"))
+    assert one == two
+
+
+def test_an_rq_vae_encodes_and_is_evaluated(made, tmp_path):
+    X = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    write_features(tmp_path / "some.parquet", [f"item-{i}" for i in range(300)], X)
+    model = RQVAE(8, [8, 8], e_dim=4, layers=[16], epochs=2, random_state=0).fit(X)
+    model.save(tmp_path / "vae")
+    run = semid("encode", "vae", "some.parquet", "-o", "ids/ids.parquet", "--quiet", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert codes_of(read_ids(tmp_path / "ids" / "ids.parquet")).tolist() == model.encode(X).tolist()
+    run = semid("evaluate", "vae", "some.parquet", "--quiet", cwd=tmp_path)
+    assert run.returncode == 0 and "perplexity_per_level" in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize("make, word", [

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from .kmeans import normalise_rows
 from .rows import Rows, quantise_rows
 from .sums import Survey, squared_distances
-from ..config import ConfigError, DataError, atomic_path, write_json
+from ..config import ConfigError, DataError, atomic_path, flush_to_disk, write_json
 from ..features import open_features
 
 # %% ../../nbs/clustering/09_shards.ipynb #55c7f618
@@ -222,6 +222,7 @@ def stage_features(
         n_shards = max(1, -(-features.n_rows // rows_per_shard))
         size = max(1, -(-features.n_rows // n_shards))
         surveys = [_write_shard(stage, ids, X) for ids, X in features.batches(size, stage.dtype, progress)]
+    for shard in range(len(stage.sizes)): flush_to_disk(stage.path("values", shard))
     stage.report |= features.report.asdict()
     if surveys: stage.survey = reduce(or_, surveys)
     stage.save()
