@@ -134,6 +134,7 @@ def flush_to_disk(path):
     finally: os.close(fd)
 
 def is_alive(pid):
+    "Is there a process of this number on this machine?"
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: return True

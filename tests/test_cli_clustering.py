@@ -76,6 +76,18 @@ def test_what_cannot_be_done_is_said_in_one_sentence(words, says, shards, tmp_pa
     assert {p.name for p in left} <= {".lock"}
 
 
+def test_dedup_overwrites_nothing_that_is_not_its_own(tmp_path):
+    X = np.eye(8, dtype=np.float32)
+    write_features(tmp_path / "items.parquet", [f"i{i}" for i in range(8)], X)
+    before = (tmp_path / "items.parquet").read_bytes()
+    for words, says in ((["-o", "."], "not ours"), (["-o", "u", "--kept", "u/kept.parquet"], "another file")):
+        done = semid("dedup", "items.parquet", *words, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "items.parquet").read_bytes() == before and not (tmp_path / "u").exists()
+    done = semid("kmeans", "train", "--data-urls-file", "items.parquet", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "can't be read" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_a_killed_training_goes_on(shards, tmp_path):
     words = ["kmeans", "train", "--data-urls", f"{shards}/features_*.parquet", "--n-clusters", "60",
              "--n-workers", "0", "--tol", "0", "--max-iter", "60", "-q"]

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from semid.clustering import pairs as search, rows
 from semid.clustering.dedup import Duplicates, SemanticDeduplicator, write_kept
+from semid.clustering.duplicates import check_room
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
 from semid.config import ConfigError, DataError, ShapeMismatchError
@@ -305,6 +306,35 @@ def test_clear_refusals(tmp_path):
     with pytest.raises(ConfigError, match="cosine"): finder.deduplicate(features)
     with pytest.raises(DataError): finder.deduplicate(tmp_path / "nothing.parquet")
     with pytest.raises(DataError): SemanticDeduplicator(keep="score").deduplicate(tmp_path / "in.parquet")
+
+
+def test_a_result_takes_the_place_of_nothing_else(tmp_path):
+    X = np.eye(4, dtype=np.float32)
+    result = SemanticDeduplicator().deduplicate(X)
+    write_features(tmp_path / "in" / "items.parquet", list("abcd"), X)
+    before = (tmp_path / "in" / "items.parquet").read_bytes()
+    with pytest.raises(ConfigError, match="items.parquet, which is not ours"): result.save(tmp_path / "in")
+    assert (tmp_path / "in" / "items.parquet").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"type": "codes"}')
+    with pytest.raises(ConfigError, match="manifest.json of codes"): result.save(tmp_path / "other")
+    result.save(tmp_path / "mine")
+    result.save(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="result's own"):
+        check_room(tmp_path / "mine", tmp_path / "mine" / "kept.parquet")
+
+
+def test_columns_that_decide_who_stays(tmp_path):
+    X = np.repeat(np.eye(3, dtype=np.float32), 2, 0)
+    for name, at, score in ("a", 0, pa.array([1, 5, 2])), ("b", 3, pa.array([0.5, 9.0, 2.5])):
+        write_features(tmp_path / f"{name}.parquet", [f"{name}{i}" for i in range(3)], X[at:at + 3])
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pq.read_table(path).append_column("score", score), path)
+    result = SemanticDeduplicator(keep="score").deduplicate(tmp_path)
+    assert sorted(pa.array(result.kept).to_pylist()) == ["a1", "a2", "b1"]
+    by_priority = SemanticDeduplicator(keep="priority")
+    with pytest.raises(DataError, match="one type"): by_priority.deduplicate(X, priority=[1, "a", 2, 3, 4, 5])
+    with pytest.raises(DataError, match="no order"): by_priority.deduplicate(X, priority=[[1]] * 6)
 
 
 def test_a_model_gives_the_buckets(tmp_path):

@@ -8,10 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from semid.clustering.distributed import DistributedKMeans
+from semid.clustering import mapping
 from semid.clustering.mapping import assign_parquet
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
 from semid.clustering.pool import about_process, open_pool
+from semid.semantic_ids.rq_kmeans import RQKMeans
 from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
 from semid.features import read_features, write_features
 
@@ -336,6 +338,41 @@ def test_a_refused_run_costs_nothing(X, data, tmp_path):
         with pytest.raises(DataError): model.fit(wrong)
         with pytest.raises(DataError): assign_parquet(tmp_path / "model", wrong, tmp_path / "out")
     assert [p for p in before if not p.exists() or p.read_bytes() != before[p]] == []
+
+
+def test_results_of_one_kind_are_not_mixed_with_those_of_another(X, data, tmp_path):
+    KMeans(5, random_state=0).fit(X).save(tmp_path / "model")
+    assign_parquet(tmp_path / "model", data, tmp_path / "out")
+    codes = RQKMeans(2, 4, random_state=0).fit(X)
+    with pytest.raises(ConfigError, match="manifest.json of assignments"):
+        codes.encode_parquet(data, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="something else"):
+        assign_parquet(tmp_path / "model", data, tmp_path / "out")
+    for wrong in dict(n_workers=-3), dict(n_workers=1.5), dict(max_bad_fraction="0"), dict(n_threads=-1):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            assign_parquet(tmp_path / "model", data, tmp_path / "new", **wrong)
+
+
+@pytest.mark.parametrize("at", ["rename", "write_json"])
+def test_parts_are_the_old_ones_or_the_new_ones_wherever_it_dies(X, data, tmp_path, monkeypatch, at):
+    for name, seed in ("old", 0), ("new", 1): KMeans(5, random_state=seed).fit(X).save(tmp_path / name)
+    assign_parquet(tmp_path / "old", data, tmp_path / "out")
+    content = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out" / "assignments").iterdir()}
+    before = content()
+    def die(*args): raise Died
+    if at == "write_json": monkeypatch.setattr(mapping, "write_json", die)
+    else:
+        rename = Path.rename
+        def stop(self, to): return die() if self.name == ".assignments" else rename(self, to)
+        monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(Died): assign_parquet(tmp_path / "new", data, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(DataError): assign_parquet(tmp_path / "new", tmp_path / "none", tmp_path / "out")
+    assert content() == before  # what was there is back, though this run failed too
+    assign_parquet(tmp_path / "new", data, tmp_path / "out")
+    assert content() != before and sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".lock", "assignments", "manifest.json", "quarantine.parquet"]
 
 
 class Fragile:

@@ -185,8 +185,10 @@ def test_starts_that_are_given():
     assert (ours.cluster_centers_ == KMeans(12, init=X[:12]).fit(X).cluster_centers_).all()
     cosine = [KMeans(12, init=start, metric="cosine").fit(X) for start in (X[:12], normalise_rows(X[:12]))]
     assert (cosine[0].cluster_centers_ == cosine[1].cluster_centers_).all()
-    best = KMeans(12, n_init=6, random_state=0, init="random").fit(X)
-    assert best.inertia_ <= KMeans(12, random_state=0, init="random").fit(X).inertia_
+    for seed in range(6):
+        best = KMeans(12, n_init=6, random_state=seed, init="random").fit(X)
+        assert best.inertia_ <= KMeans(12, random_state=seed, init="random").fit(X).inertia_
+        assert (best.labels_ == best.predict(X)).all()
 
 
 @pytest.mark.parametrize("settings, error, words", [
@@ -299,6 +301,11 @@ def test_numbers_of_numpy_are_settings():
     plain = KMeans(4, max_iter=7, tol=1e-3, random_state=3).fit(X)
     numbers = KMeans(np.int64(4), max_iter=np.int8(7), tol=np.float64(1e-3), random_state=np.uint32(3))
     assert np.array_equal(plain.cluster_centers_, numbers.fit(X).cluster_centers_)
+    for K in np.uint8(200), np.int16(200):
+        small = KMeans(K, max_iter=np.int8(127), n_init=np.uint8(2), random_state=3).fit(X)
+        same = KMeans(200, max_iter=127, n_init=2, random_state=3).fit(X)
+        assert np.array_equal(small.cluster_centers_, same.cluster_centers_)
+    with pytest.raises(DataError, match="NaN"): plain.transform(np.full((2, 9), np.nan))
     for seed in None, np.random.default_rng(0), np.random.SeedSequence(1): KMeans(4, random_state=seed)
 
 

@@ -47,6 +47,11 @@ def test_empty_clusters_and_fewer_points_than_clusters(tmp_path):
     X = np.repeat(np.eye(6, dtype=np.float32), 40, 0)
     there = RQKMeans(2, 12, random_state=0).fit_parquet(store(tmp_path, X), rows_per_shard=50)
     assert_same(there, RQKMeans(2, 12, random_state=0).fit(X))
+    for n, K in ((30, 30), (30, 20), (1, 1)):  # no cluster has enough rows to be split
+        (tmp_path / f"{n}-{K}").mkdir()
+        few = clouds(6, n)
+        there = RQKMeans(2, K, random_state=0).fit_parquet(store(tmp_path / f"{n}-{K}", few, 1))
+        assert_same(there, RQKMeans(2, K, random_state=0).fit(few))
 
 
 def test_float16_on_ray(tmp_path, local_ray):

@@ -33,7 +33,8 @@ def _urls(*given):
     named = [url for urls in given[:2] for url in urls or []]
     if given[2] is not None:
         try: named += filter(None, map(str.strip, given[2].read_text().splitlines()))
-        except OSError as e: raise ConfigError(f"--data-urls-file can't be read: {e}") from None
+        except (OSError, UnicodeError) as e:
+            raise ConfigError(f"--data-urls-file can't be read: {e}") from None
     if not named: raise ConfigError("Name the data: --data-urls with a path or pattern.")
     return named
 
@@ -141,12 +142,14 @@ def dedup(
 ):
     "Remove items whose vectors nearly point the same way."
     from semid.clustering.dedup import SemanticDeduplicator, write_kept
+    from semid.clustering.duplicates import check_room
     columns = dict(id_column=id_column, feature_column=feature_column)
     search = SemanticDeduplicator(
         threshold, clusters if clusters == "auto" else whole_numbers(clusters, "--clusters", 1)[0],
         probes=probes, keep=keep, random_state=seed, model=model, n_workers=n_workers, address=address,
         staging=staging, max_pairs=max_pairs, **columns, max_bad_fraction=max_bad_fraction,
         quarantine=quarantine, verbose=not quiet)
+    check_room(output, *([] if kept is None else [kept]))
     result = search.deduplicate(features, against=against or None)
     result.save(output)
     if kept is not None: write_kept(result, features, kept, **columns)

@@ -6,6 +6,7 @@
 __all__ = ['optimality_gap', 'assign_costs_with_bounds', 'assign_with_bounds', 'BalancedKMeans']
 
 # %% ../../nbs/clustering/08_balanced.ipynb #1d3dd6e0
+import operator
 from typing import Any
 
 import numpy as np
@@ -334,8 +335,9 @@ class BalancedKMeans(Clusterer):
         check_seed(random_state)
         check_whole(1, n_init=n_init)
         check_whole(0, n_threads=n_threads or 0)
-        self.n_clusters, self.size_min, self.size_max = n_clusters, size_min, size_max
-        self.metric, self.init, self.n_init, self.max_iter, self.tol = metric, init, n_init, max_iter, tol
+        self.n_clusters, self.size_min, self.size_max = operator.index(n_clusters), size_min, size_max
+        self.n_init, self.max_iter = operator.index(n_init), operator.index(max_iter)
+        self.metric, self.init, self.tol = metric, init, tol
         self.random_state, self.n_threads, self.verbose = random_state, n_threads, verbose
 
     def fit(
@@ -352,7 +354,8 @@ class BalancedKMeans(Clusterer):
         rng, shift = np.random.default_rng(self.random_state), X.mean(0, dtype=np.float64).astype(np.float32)
         data = _BalancedRows(LazyRows(X, shift), survey, self.n_clusters, bounds, self.n_threads)
         n_init = self.n_init if isinstance(self.init, str) else 1
-        pick = sample_rows(len(X), 256 * self.n_clusters, rng)
+        plus = isinstance(self.init, str) and self.init == "k-means++"
+        pick = sample_rows(len(X), 256 * self.n_clusters, rng if plus else None)
         sample = quantise_rows(X[pick], self.n_threads, shift=shift)
         runs = [self._run(data, first_centroids(self, data, sample, rng, power)) for _ in range(n_init)]
         self.inertia_, centroids, self.labels_, price, self.n_iter_ = min(runs, key=lambda run: run[0])

@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .duplicates import Duplicates, number_ids, order_ids
+from .duplicates import Duplicates, join_columns, number_ids, order_ids
+from .duplicates import priority_column
 from .inference import centroids_of
 from .kmeans import KMeans, Settings, check_number, check_whole, normalise_rows
 from .rows import as_matrix, over_blocks, squared_lengths
-from .pairs import SCREEN_SLACK, Stored, int_products, screen_pairs, count_pairs, cut_tiles
-from .pairs import prepare_search, search_on_ray, search_tiles
+from .pairs import SCREEN_SLACK, Stored, count_pairs, cut_tiles, prepare_search
+from .pairs import screen_pairs, search_on_ray, search_tiles
+from .seeding import int_products
 from ..config import ConfigError, DataError, ShapeMismatchError, is_alive, atomic_path
 from ..features import Features, FeatureWriter, open_features
 
@@ -95,7 +97,7 @@ class _Source:
 
     def _usable(self):
         "The rows of an array that can be compared."
-        codes, values = _unusable(self.X), _column(self.values, len(self.X))
+        codes, values = _unusable(self.X), priority_column(self.values, len(self.X))
         self.rows, bad = len(codes), np.flatnonzero(codes)
         if not len(bad): return self.ids, self.X, values
         self.bad, reasons = len(bad), [_REASONS[c] for c in codes[bad]]
@@ -113,13 +115,6 @@ def _list_bad(path, rows, ids, reasons):
     columns = [pa.nulls(len(rows), pa.string()), pa.array(rows), ids.cast(pa.string()), pa.array(reasons)]
     with atomic_path(path if path.suffix else path / "quarantine.parquet") as temporary:
         pq.write_table(pa.table(columns, names=["file", "row", "id", "reason"]), temporary)
-
-def _column(values, n):
-    "What to keep first, as one arrow array."
-    if values is None: return None
-    values = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, from_pandas=True)
-    if len(values) != n: raise ShapeMismatchError(f"priority has {len(values)} values for {n} rows.")
-    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
 # %% ../../nbs/clustering/16_dedup.ipynb #70440ac3
 def digests(
@@ -171,7 +166,8 @@ def _remove_left(parent):
 @contextmanager
 def _own_folder(parent):
     "A temporary folder for a search."
-    _remove_left(parent := Path(parent or tempfile.gettempdir()))
+    (parent := Path(parent or tempfile.gettempdir())).mkdir(parents=True, exist_ok=True)
+    _remove_left(parent)
     prefix = f"semid-dedup-{_HOST}-{os.getpid()}-"
     with tempfile.TemporaryDirectory(None, prefix, parent) as folder, open(folder + "/.new", "w") as file:
         with suppress(ImportError, OSError):
@@ -212,7 +208,7 @@ def _collect(sources, folder, seed, n_threads):
     if not counts[0]: return None
     whole = None if path else kept[0] if len(kept) == 1 else np.concatenate(kept)
     stored = Stored((sum(counts), dim), np.float32, path, whole)
-    column = pa.chunked_array(columns).combine_chunks() if columns else None
+    column = join_columns(columns) if columns else None
     every = pa.chunked_array(ids).combine_chunks()
     return _Collected(stored, every, np.concatenate(squares), np.concatenate(hashes), column, counts[0])
 
@@ -345,7 +341,7 @@ class SemanticDeduplicator(Settings):
         seen = sample_pairs(ready, np.argsort(places)[sample], old[places], within, self.n_threads) \
             if len(sample) else (np.empty(0), np.empty(0, bool))
         order = order_ids(collected.ids, collected.n_new, self.keep, collected.column, self.random_state,
-                       ready.distances[firsts[groups]])
+                          ready.distances[firsts[groups]])
         numbers, first = number_ids(groups, order)
         items = pa.table(dict(id=collected.ids, group=numbers[groups], first=first,
                               cluster=ready.search.buckets.open()[firsts[groups], 0],

@@ -8,7 +8,7 @@ __all__ = ['DistributedKMeans']
 # %% ../../nbs/clustering/12_distributed.ipynb #109be7be
 import hashlib, json, shutil, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from .kmeans import check_settings, check_enough, check_number, check_whole, fir
 from .kmeans import first_look
 from .lloyd import lloyd
 from .pool import open_pool
-from .shards import Stage, find_sources, stage_features, take_rows, what_changed
+from .shards import Stage, find_sources, remove_stage, stage_features, take_rows
+from .shards import what_changed
 from .staged import ShardWorker, StagedRows, iteration_file, iteration_files
 from .staged import remove_iterations, save_array
 from ..config import ConfigError, DataError, NotFittedError, alone_in, default_threads, write_json
@@ -60,6 +61,11 @@ def _same_settings(folder, settings, progress):
         if was.get(name) != value:
             raise ConfigError(f"{folder} holds a run with {name}={was.get(name)}, not {value}: use another "
                               "output_dir, or start anew in an empty one.")
+
+def _array(path):
+    try: return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path} can't be read ({e}): remove {path.parent}, and run again.") from None
 
 def _same_data(folder, sources, progress):
     if changed := what_changed(sources, progress["marks"]):
@@ -139,7 +145,9 @@ class DistributedKMeans:
                     resume, progress = False, None
             anew = not (progress and resume)
             if anew: progress = self._begin(settings)
-            elif self._is_finished(progress): return self._take(progress)
+            elif self._is_finished(progress):
+                with suppress(ConfigError): remove_stage(self.output_dir / "staging")  # it was killed late
+                return self._take(progress)
             stage = self._stage(sources, columns, progress, resume)
             check_enough(stage.n, self.n_clusters)
             if anew: self._remove_former()
@@ -256,7 +264,7 @@ class DistributedKMeans:
         return self
 
     def _load_centroids(self, i):
-        return np.load(self.output_dir / f"iter_{i}" / "centroids.npy", allow_pickle=False)
+        return _array(self.output_dir / f"iter_{i}" / "centroids.npy")
 
     def _fitted(self):
         if not hasattr(self, "cluster_centers_"):
@@ -268,7 +276,7 @@ class DistributedKMeans:
         for shard in range(self._n_shards):
             kinds = "ids", "assignments", "distances"
             paths = [iteration_file(self.output_dir, self.n_iter_, shard, kind) for kind in kinds]
-            yield tuple(np.load(path, allow_pickle=False) for path in paths)
+            yield tuple(map(_array, paths))
 
     @property
     def labels_(self) -> np.ndarray:

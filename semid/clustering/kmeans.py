@@ -144,9 +144,10 @@ class KMeans(Clusterer):
         check_whole(1, n_init=n_init)
         if sample_per_cluster is not None: check_whole(1, sample_per_cluster=sample_per_cluster)
         check_whole(0, relocate=relocate, n_threads=n_threads or 0)
-        self.n_clusters, self.metric, self.init, self.n_init = n_clusters, metric, init, n_init
-        self.max_iter, self.tol, self.early_stop, self.relocate = max_iter, tol, early_stop, relocate
-        self.sample_per_cluster, self.init_sample = sample_per_cluster, init_sample
+        self.n_clusters, self.n_init, self.max_iter, self.relocate, self.init_sample = map(
+            operator.index, (n_clusters, n_init, max_iter, relocate, init_sample))  # numpy's small ones wrap
+        self.metric, self.init, self.tol, self.early_stop = metric, init, tol, early_stop
+        self.sample_per_cluster = None if sample_per_cluster is None else operator.index(sample_per_cluster)
         self.random_state = random_state
         self.backend, self.device, self.n_threads, self.verbose = backend, device, n_threads, verbose
 
@@ -236,8 +237,8 @@ class KMeans(Clusterer):
     def _fitted(self, X):
         if not hasattr(self, "cluster_centers_"):
             raise NotFittedError("Model is not fitted yet. Call fit() first.")
-        dim = self.cluster_centers_.shape[1]
-        return as_matrix(normalise_rows(X) if self.metric == "cosine" else X, dim=dim)
+        if self.metric == "cosine": X = normalise_rows(X, n_threads=self.n_threads)
+        return as_matrix(X, dim=self.cluster_centers_.shape[1])
 
     def predict(
         self,
@@ -252,9 +253,12 @@ class KMeans(Clusterer):
         X,            # (N, D)
     ) -> np.ndarray:  # (N, K) float32
         "Euclidean distance of each row to every centroid."
-        X, C = self._fitted(X).astype(np.float64), self.cluster_centers_.astype(np.float64)
-        squares = (X**2).sum(1)[:, None] - 2 * X @ C.T + (C**2).sum(1)
-        return np.sqrt(np.maximum(squares, 0)).astype(np.float32)
+        check_finite(X := self._fitted(X))
+        C, out = self.cluster_centers_.astype(np.float64), np.empty((len(X), self.n_clusters), np.float32)
+        for s in (slice(i, i + 4096) for i in range(0, len(X), 4096)):
+            x = X[s].astype(np.float64)
+            out[s] = np.sqrt(np.maximum((x**2).sum(1)[:, None] - 2 * x @ C.T + (C**2).sum(1), 0))
+        return out
 
     def fit_predict(
         self,
@@ -317,6 +321,7 @@ def check_seed(
         raise ConfigError(f"random_state must be a whole number from 0, not {random_state!r}.") from None
 
 def check_enough(n, n_clusters):
+    "Raise ShapeMismatchError if there are fewer rows than clusters."
     if n >= n_clusters: return
     raise ShapeMismatchError(f"n_samples={n} should be >= n_clusters={n_clusters}: "
                              "use fewer clusters or more samples.")

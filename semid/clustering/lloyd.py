@@ -29,7 +29,10 @@ def _energy(means, counts, centroids, shift):
         total += counts[k] * inner
     return total
 
-def settle(means, metric):
+def settle(
+    means,         # (K, D) float64
+    metric,        # "l2" or "cosine"
+) -> np.ndarray:   # (K, D) float32
     "Means as centroids: float32, of length 1 for the cosine."
     if metric == "cosine":
         norms = np.sqrt([exact_dot(means, k, means, k, np.empty(32)) for k in range(len(means))])[:, None]

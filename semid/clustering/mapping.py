@@ -6,7 +6,7 @@
 __all__ = ['PartWriter', 'map_parquet', 'assign_parquet']
 
 # %% ../../nbs/clustering/13_mapping.ipynb #ce45d04c
-import re, shutil
+import json, re, shutil
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .inference import KMeansInference
-from .kmeans import normalise_rows
+from .kmeans import check_number, check_whole, normalise_rows
 from .pool import about_process, open_pool
 from .shards import fetched, find_sources
 from .sums import squared_distances
@@ -42,6 +42,36 @@ class PartWriter(ABC):
 
 _PART = re.compile(r"part-\d+\.parquet|\.part-.*\.tmp")
 
+def _check_room(folder, parts):
+    "Raise ConfigError if a folder holds results of another kind."
+    found = [p.name for p in parts.iterdir()] if parts.exists() else []
+    if other := next((name for name in found if not _PART.fullmatch(name)), None):
+        raise ConfigError(f"{parts} holds {other}, which is not ours: use another output_dir.")
+    try: kind = json.loads((folder / "manifest.json").read_text())["type"]
+    except FileNotFoundError: return
+    except (ValueError, TypeError, KeyError): kind = "something else"
+    if kind != parts.name:
+        raise ConfigError(f"{folder} holds a manifest.json of {kind}: use another output_dir.")
+
+def _beside(parts): return parts.with_name(f".{parts.name}-former"), parts.with_name(f".{parts.name}-gone")
+
+def _replace(fresh, parts, manifest):
+    "Put new parts and their manifest in the place of former ones, which a kill brings back."
+    former, gone = _beside(parts)
+    if parts.exists(): parts.rename(former)
+    fresh.rename(parts)
+    write_json(parts.with_name("manifest.json"), manifest)
+    if former.exists(): former.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+def _recover(parts):
+    "Undo a replacement that was killed before its manifest was written."
+    former, gone = _beside(parts)
+    shutil.rmtree(gone, ignore_errors=True)
+    if not former.exists(): return
+    shutil.rmtree(parts, ignore_errors=True)
+    former.rename(parts)
+
 def map_parquet(
     writer,                # a `PartWriter` class: its instances get the folder, `args`, the number of threads
     args,                  # what else they need, small and without any state
@@ -61,17 +91,19 @@ def map_parquet(
     verbose=False,         # show a progress bar
 ) -> int:                  # how many rows there were
     "A file of results for every block of rows: the same files for any number of workers."
+    check_whole(0, n_workers=n_workers, n_threads=n_threads or 0)
+    check_number(lambda x: 0 <= x <= 1, "a share from 0 to 1", max_bad_fraction=max_bad_fraction)
     output_dir, columns = Path(output_dir), dict(id_column=id_column, feature_column=feature_column)
     size = int(np.clip(2**24 // dim, 1024, 65536))
     with ExitStack() as stack:
         stack.enter_context(alone_in(output_dir))
         fresh, there = output_dir / f".{name}", output_dir / name
-        other = [p.name for p in there.iterdir() if not _PART.fullmatch(p.name)] if there.exists() else []
-        if other: raise ConfigError(f"{there} holds {other[0]}, which is not ours: use another output_dir.")
+        _check_room(output_dir, there)
+        _recover(there)
         shutil.rmtree(fresh, ignore_errors=True)
         stack.callback(shutil.rmtree, fresh, ignore_errors=True)
         sources = find_sources(data_urls, **columns)
-        paths = stack.enter_context(fetched(sources, output_dir / "fetched"))
+        paths = stack.enter_context(fetched(sources, output_dir / f".fetched-{name}"))
         features = open_features(paths, dim=dim, metric=metric, max_bad_fraction=max_bad_fraction,
                                  quarantine=output_dir / "quarantine.parquet", **columns)
         store = 1e8 + (2 * n_workers + 4) * size * dim * 6
@@ -82,10 +114,7 @@ def map_parquet(
         pool.run({}, blocks, gather=False)
         manifest = {"type": name, **about, **features.report.asdict()}
         fresh.mkdir(exist_ok=True)  # there may be no row
-        (output_dir / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(there, ignore_errors=True)
-        fresh.rename(there)
-        write_json(output_dir / "manifest.json", manifest)
+        _replace(fresh, there, manifest)
         return manifest["kept"]
 
 # %% ../../nbs/clustering/13_mapping.ipynb #9564e872

@@ -179,7 +179,9 @@ def _decide(X, i, C, known, table, codes, level, offsets, few, n, part):
 
 # %% ../../nbs/clustering/01_nearest.ipynb #cc4a367f
 @njit(nogil=True, cache=True)
-def screened(size, reach): return size + reach == 0 or 1e-15 < size + reach < 1e30
+def screened(size, reach):
+    "Can float32 hold scores of rows and centroids of this size?"
+    return size + reach == 0 or 1e-15 < size + reach < 1e30
 
 @njit(nogil=True, cache=True)
 def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales, errors, norms, half32,

@@ -229,15 +229,23 @@ def stage_features(
     return stage
 
 # %% ../../nbs/clustering/09_shards.ipynb #2364f40d
-def mapped(stage, kind, shard, dtype):
-    "A file of a shard, mapped: (n, D)."
+def mapped(
+    stage,
+    kind,          # "values" or "int8"
+    shard,         # its number
+    dtype,         # of what the file holds
+) -> np.ndarray:   # (n, D)
+    "A file of a shard, mapped into memory."
     shape = stage.sizes[shard], stage.dim
     path, dtype = stage.path(kind, shard), np.dtype(dtype)
     if path.stat().st_size != shape[0] * shape[1] * dtype.itemsize:
         raise DataError(f"{path} has not the size that it had: remove {stage.folder}, and run again.")
     return np.asarray(np.memmap(path, dtype, "c", shape=shape))  # "c": may be written, and never is
 
-def converted(raw, power):
+def converted(
+    raw,    # (n, D) mapped
+    power,  # values are divided by 2 to this power
+):
     "Blocks of a mapped matrix as scaled float32: (slice, values), valid until the next."
     size = int(np.clip(2**20 // raw.shape[1], 1024, 16384))
     values = np.empty((min(len(raw), size), raw.shape[1]), np.float32)

@@ -40,6 +40,7 @@ def iteration_file(folder, iteration, shard, kind):
     return Path(folder) / f"iter_{iteration}_shard_{shard}_{kind}.npy"
 
 def save_array(path, array):
+    "Write an array as .npy, whole or not at all."
     with atomic_path(path) as tmp, open(tmp, "wb") as file: np.save(file, array, allow_pickle=False)
 
 def _save_quickly(path, array):

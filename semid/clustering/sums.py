@@ -41,14 +41,24 @@ class Survey:
         return Survey(self.n, np.ldexp(self.low, -power), np.ldexp(self.high, -power))
 
 # %% ../../nbs/clustering/02_sums.ipynb #93215f8e
-def sum_steps(n, largest):
-    "How many coarse and fine steps make 1, for sums of n numbers up to `largest`: (2, D) powers of two."
+def sum_steps(
+    n,             # how many numbers are summed
+    largest,       # (D,) how large they are at most
+) -> np.ndarray:   # (2, D) powers of two
+    "How many coarse and fine steps make 1, so that sums are exact in any order."
     bits = 52 - int(np.ceil(np.log2(max(n, 2))))
     coarse = 2.0 ** np.minimum(bits - np.frexp(largest)[1], 900)
     return np.stack([coarse, np.minimum(coarse * 2.0**bits, 2.0**1000)])
 
 @njit(nogil=True, cache=True)
-def move_rows(X, rows, new, old, steps, sums):
+def move_rows(
+    X,      # (N, D) float32
+    rows,   # (m,) row numbers
+    new,    # (N,) clusters
+    old,    # (N,) clusters before, -1 for none
+    steps,  # (2, D) from `sum_steps`
+    sums,   # (K, 2, D), changed in place
+):
     "Add some rows to the sums of their new cluster and take them from their old one (-1: none)."
     up, finer, down = steps[0], steps[1], 1 / steps[0]
     for i in rows:
@@ -68,8 +78,12 @@ def move_rows(X, rows, new, old, steps, sums):
                 from_coarse[j] -= c
                 from_fine[j] -= f
 
-def means_of(sums, counts, steps):
-    "Means of the clusters from their exact sums: (K, D) float64."
+def means_of(
+    sums,          # (K, 2, D)
+    counts,        # (K,)
+    steps,         # (2, D)
+) -> np.ndarray:   # (K, D) float64
+    "Means of the clusters from their exact sums."
     return (sums[:, 0] / steps[0] + sums[:, 1] / steps[1]) / np.maximum(counts, 1)[:, None]
 
 # %% ../../nbs/clustering/02_sums.ipynb #624bdbc5
@@ -129,21 +143,34 @@ def squared_distances(
     return out
 
 # %% ../../nbs/clustering/02_sums.ipynb #c5323b5b
-def gap_steps(survey, centroids):
+def gap_steps(
+    survey,        # Survey of the rows
+    centroids,     # (K, D)
+) -> np.ndarray:   # (2,)
     "Steps for sums of squared distances of surveyed rows to centroids."
     low, high = (v.astype(np.float64) for v in (survey.low, survey.high))
     reach = np.maximum(high - centroids.min(0), centroids.max(0) - low)
     return sum_steps(survey.n, np.array([2 * (reach**2).sum()]))[:, 0]
 
-def exact_sum(values, steps):
+def exact_sum(
+    values,        # (N,) float64
+    steps,         # (2,)
+) -> np.ndarray:   # (2,)
     "Sums of the coarse and the fine parts: whole numbers, to be added to those of other shards."
     coarse = np.rint(values * steps[0])
     return np.array([coarse.sum(), np.rint((values - coarse / steps[0]) * steps[1]).sum()])
 
-def total_of(sums, steps): return float(sums[0] / steps[0] + sums[1] / steps[1])
+def total_of(sums, steps):
+    "The number that coarse and fine sums, (2,), stand for."
+    return float(sums[0] / steps[0] + sums[1] / steps[1])
 
 @njit(nogil=True, cache=True)
-def sums_by_label(values, labels, steps, sums):
+def sums_by_label(
+    values,  # (N,) float64
+    labels,  # (N,) clusters
+    steps,   # (2,)
+    sums,    # (K, 2), changed in place
+):
     "Add the coarse and the fine parts of numbers to the sums of their labels, (K, 2)."
     for i in range(len(values)):
         coarse = np.rint(values[i] * steps[0])
