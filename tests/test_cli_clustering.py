@@ -84,7 +84,8 @@ def test_dedup_overwrites_nothing_that_is_not_its_own(tmp_path):
         done = semid("dedup", "items.parquet", *words, cwd=tmp_path, check=False)
         assert done.returncode == 1 and says in done.stderr and len(done.stderr.splitlines()) == 1
     assert (tmp_path / "items.parquet").read_bytes() == before and not (tmp_path / "u").exists()
-    done = semid("kmeans", "train", "--data-urls-file", "items.parquet", cwd=tmp_path, check=False)
+    words = "kmeans train --data-urls-file items.parquet --output-dir o --model-path m".split()
+    done = semid(*words, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "can't be read" in done.stderr and len(done.stderr.splitlines()) == 1
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from semid.clustering import pairs as search, rows
+from semid.clustering import pairs as search, rows, seeding
 from semid.clustering.dedup import Duplicates, SemanticDeduplicator, write_kept
 from semid.clustering.duplicates import check_room
 from semid.clustering.inference import KMeansInference
@@ -227,7 +227,7 @@ def spiky(n, dim, seed):
 @pytest.mark.parametrize("dim", [1, 3, 64, 1500])
 @pytest.mark.parametrize("backend", ["torch", "numpy"])
 def test_the_screen_loses_nothing(scale, dim, backend, monkeypatch):
-    monkeypatch.setattr(search, "backend_of", lambda name: backend)
+    monkeypatch.setattr(seeding, "backend_of", lambda name: backend)
     X = (spiky(160, dim, dim) * scale).astype(np.float32)
     X = X[X.any(1) & (np.einsum("ij,ij->i", X, X) > 0)]
     cosines = all_cosines(X)
