@@ -60,7 +60,13 @@ def test_float16_on_ray(tmp_path, local_ray):
     model = RQKMeans(3, 16, random_state=1).fit(X.astype(np.float32))
     for options in (dict(n_workers=0), dict(n_workers=2), dict(n_workers=2, rows_per_shard=200)):
         assert_same(RQKMeans(3, 16, random_state=1).fit_parquet(files, tmp_path / "work", **options), model)
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == [".lock", "quarantine.parquet"]
+    left = [".lock", *(f"codebook_{i}.npy" for i in range(3)), "fit.json", "quarantine.parquet"]
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == left
+    again = RQKMeans(3, 16, random_state=1).fit_parquet(tmp_path / "features_*.parquet", tmp_path / "work",
+                                                        rows_per_shard=200)
+    assert_same(again, model)  # though it died before it was saved
+    assert_same(RQKMeans(2, 9, random_state=1).fit_parquet(files, tmp_path / "work"),
+                RQKMeans(2, 9, random_state=1).fit(X.astype(np.float32)))
     for n_workers in (0, 2): model.encode_parquet(files, tmp_path / f"codes_{n_workers}", n_workers=n_workers)
     one, two = (sorted((tmp_path / f"codes_{n}" / "codes").iterdir()) for n in (0, 2))
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two] and len(one) == 1
@@ -116,6 +122,8 @@ def test_other_data_and_damage_are_refused(tmp_path):
     with pytest.raises(DataError, match="other data"): model.fit_parquet(files, tmp_path / "work")
     assert files_there() == before
     (tmp_path / "work" / "fit.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"): model.fit_parquet(files, tmp_path / "work")
+    (tmp_path / "work" / "fit.json").write_text('{"type": "RQKMeans.fit_parquet"}')
     with pytest.raises(DataError, match="damaged"): model.fit_parquet(files, tmp_path / "work")
     (tmp_path / "work" / "fit.json").write_text('{"type": "a diary"}')
     with pytest.raises(ConfigError, match="something else"): model.fit_parquet(files, tmp_path / "work")

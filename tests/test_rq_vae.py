@@ -10,6 +10,7 @@ from semid import RQVAE, RQKMeans, SemanticIdEngine
 from semid.config import (
     ConfigError, DataError, ModelFormatError, NotFittedError, SemidError, ShapeMismatchError)
 from semid.semantic_ids.metrics import collision_rate_per_level
+from semid.semantic_ids import rq_vae_training
 from semid.semantic_ids.rq_vae_training import _follow
 from semid.semantic_ids.rq_vae_module import (
     RQVAEModule, VectorQuantizer, apply_rqkmeans_plus_strategy, read_codebooks, rotate_to)
@@ -285,6 +286,37 @@ def test_rq_kmeans_plus_never_ends_worse_than_it_starts(kmeans, best_by, lr):
     assert of(plus) <= of(kmeans) * (1 + 1e-6)
     if plus.best_epoch_ == 0: assert (plus.encode(X) == kmeans.encode(X)).all()
     if lr == 1e-3 and best_by == "relative_mse": assert of(plus) < of(kmeans)
+
+
+@pytest.mark.parametrize("best_by", ["relative_mse", "collision_rate"])
+def test_that_holds_for_more_vectors_than_the_codes_follow(best_by, monkeypatch):
+    "The codes follow some of the vectors; all of them judge."
+    many = np.random.default_rng(0).normal(size=(6000, 8)).astype(np.float32)
+    start = RQKMeans(2, 200, random_state=0).fit(many)
+    monkeypatch.setattr(rq_vae_training, "FOLLOWED", 1000)
+    options = dict(layers=[8], lr=1e-7, epochs=2, best_by=best_by, random_state=0)
+    plus = RQVAE.from_rq_kmeans(start, **options).fit(many)
+    of = {"relative_mse": lambda m: m.score(many)["relative_mse"],
+          "collision_rate": lambda m: collision_rate_per_level(m.encode(many))[-1]}[best_by]
+    assert of(plus) <= of(start) * (1 + 1e-6)
+    noted = [of(start), *plus.history_[best_by]][plus.best_epoch_]
+    assert noted == pytest.approx(of(plus), rel=1e-3)
+
+
+def test_a_checkpoint_of_another_start_is_refused(tmp_path, kmeans):
+    options = dict(layers=[16], epochs=2, random_state=0)
+    RQVAE.from_rq_kmeans(kmeans, **options).fit(X, checkpoint=tmp_path / "c")
+    other = RQKMeans(3, [8, 6, 5], random_state=9).fit(X[::-1][:300])
+    with pytest.raises((ConfigError, DataError)):
+        RQVAE.from_rq_kmeans(other, **options).fit(X, checkpoint=tmp_path / "c", resume=True)
+    RQVAE.from_rq_kmeans(kmeans, **options).fit(X, checkpoint=tmp_path / "c", resume=True)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(epochs=-1), dict(warmup_epochs=-1), dict(lr=-1), dict(weight_decay="a"), dict(dropout_prob=2),
+    dict(random_state=-1), dict(patience=0), dict(sk_epsilons=[np.nan]), dict(kmeans_iters=-5)])
+def test_settings_that_make_no_sense_are_named(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))): RQVAE(12, [8, 6], **wrong)
 
 
 def test_rq_kmeans_plus_can_be_chosen_by_the_loss_of_training(kmeans):

@@ -74,12 +74,12 @@ class Codebooks:
             for j in range(level): reach[at] += np.abs(tables[o[j]:o[j + 1], at]).max(0)
         self.reach = reach
         self.rounding = (self.dim / 32 + 64 + len(self.levels)) * 2.0**-52 * self.far  # what deciding loses
-        with np.errstate(over="ignore"):  # what float32 can't hold is not screened
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 can't hold is not screened
             self.half32, self.tables32 = half.astype(np.float32), tables.astype(np.float32)
             slack = reach * (len(self.levels) + 8) * 2.0**-22
             first, norms = self.rows.norm[:o[1]], self.rows.norm[o[1]:].astype(np.float64)
-            some = norms > 0  # what shifting rounded away, if products are 0
-            slack[o[1]:][some] += first.max() * norms[some] * 2.0**-22
+            lost = first.max() * norms * 2.0**-22  # what shifting rounded away, if products are 0
+            slack[o[1]:] += np.where(np.isnan(lost), 0, lost)  # infinite times nothing is nothing here
             self.slack = slack.astype(np.float32)
 
 # %% ../../nbs/clustering/01_nearest.ipynb #8ed652fb

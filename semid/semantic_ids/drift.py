@@ -32,6 +32,7 @@ class Version:
 def _version(source, name):
     "A `Version` of what stands for one; `name` is for messages."
     unique = None
+    if hasattr(source, "table"): source = source.table()
     if isinstance(source, (str, Path)):
         path = Path(source)
         source = read_ids(path / "ids.parquet" if path.is_dir() else path)

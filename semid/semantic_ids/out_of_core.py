@@ -6,7 +6,7 @@
 __all__ = ['fit_parquet', 'encode_parquet']
 
 # %% ../../nbs/semantic_ids/28_out_of_core.ipynb #8ac72641
-import json, shutil, tempfile
+import json, tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,21 +32,30 @@ def _settings(model, options):
         "random_state": int(seed) if isinstance(seed, int | np.integer) else None, **options}
 
 def _levels_done(folder, settings, sources):
-    "How many levels a former run has done here; ConfigError or DataError if it was another one."
+    "How many levels a former run has done here; ConfigError or DataError if it was another one, unfinished."
     try: found = json.loads((folder / "fit.json").read_text())
     except FileNotFoundError: return 0
     except (OSError, ValueError) as e:
         raise DataError(f"{folder}/fit.json is damaged ({e}): remove {folder}.") from None
     if not isinstance(found, dict) or found.get("type") != _NAME:
         raise ConfigError(f"{folder} holds something else than an unfinished fit: use another work_dir.")
-    for name, value in settings.items():
-        if found["settings"].get(name) != value:
-            was = found["settings"].get(name)
-            raise ConfigError(f"{folder} holds an unfinished fit with {name}={was}, not {value}: remove it, "
-                              "or use another work_dir.")
-    if changed := what_changed(sources, found["marks"]):
+    try: was, marks, done = found["settings"], found["marks"], found["levels"]
+    except KeyError: raise DataError(f"{folder}/fit.json is damaged: remove {folder}.") from None
+    other = next((name for name in settings if was.get(name) != settings[name]), None)
+    changed = what_changed(sources, marks)
+    if done == len(was["n_clusters"]): return 0 if other or changed else done  # a finished one is replaced
+    if other:
+        raise ConfigError(f"{folder} holds an unfinished fit with {other}={was.get(other)}, not "
+                          f"{settings[other]}: remove it, or use another work_dir.")
+    if changed:
         raise DataError(f"{folder} holds an unfinished fit to other data ({changed}): use another work_dir.")
-    return found["levels"]
+    return done
+
+def _codebook(folder, level):
+    path = folder / f"codebook_{level}.npy"
+    try: return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(f"{path} can't be read ({e}): remove {folder}, and fit again.") from None
 
 # %% ../../nbs/semantic_ids/28_out_of_core.ipynb #892a5ff8
 def _first_stage(sources, folder, model, settings, quarantine):
@@ -103,7 +112,7 @@ def fit_parquet(
         stack.enter_context(alone_in(folder))
         sources = find_sources(data_urls, **columns)
         done = _levels_done(folder, settings, sources)
-        codebooks = [np.load(folder / f"codebook_{level}.npy", allow_pickle=False) for level in range(done)]
+        codebooks = [_codebook(folder, level) for level in range(done)]
         if done < model.n_levels:
             if done: stage = Stage.open(folder / f"stage_{done}")
             else: stage = _first_stage(sources, folder, model, settings, quarantine)
@@ -122,12 +131,9 @@ def fit_parquet(
     return model
 
 def _clear(folder, n_levels):
-    "Remove what the fit needed; a list of bad rows stays."
-    (folder / "fit.json").unlink()
+    "Remove what the fit needed; the codebooks stay, until another fit, and so does a list of bad rows."
     remove_iterations(folder / "labels")
-    for level in range(n_levels):
-        remove_stage(folder / f"stage_{level}")
-        (folder / f"codebook_{level}.npy").unlink()
+    for level in range(n_levels): remove_stage(folder / f"stage_{level}")
     if (folder / "labels").exists() and not any((folder / "labels").iterdir()): (folder / "labels").rmdir()
 
 # %% ../../nbs/semantic_ids/28_out_of_core.ipynb #e4c35077

@@ -169,14 +169,18 @@ def _log_plan(costs, epsilon, rounds=100):
 # %% ../../nbs/semantic_ids/13_resolvers.ipynb #69bd5dcd
 def _sinkhorn(costs, free, rounds, epsilon):
     "A free code for each row while there are any, else -1; `free` (K,) bool becomes what is left."
-    labels = np.full(len(costs), -1)
-    for left in range(rounds, 0, -1):
-        rows, columns = np.flatnonzero(labels < 0), np.flatnonzero(free)
-        if not len(rows) or not len(columns): break
+    labels, left = np.full(len(costs), -1), rounds
+    nearest_first = np.argsort(costs[:, free].min(1, initial=np.inf), kind="stable")
+    chosen = np.sort(nearest_first[:free.sum()])  # no more than there is room for
+    while left:
+        rows, columns = chosen[labels[chosen] < 0], np.flatnonzero(free)
+        if not len(rows): break
         plan = _log_plan(costs[np.ix_(rows, columns)], epsilon)
         for i in np.argsort(-plan.max(1), kind="stable"):
             wish = plan[i] if left > 1 else np.where(free[columns], plan[i], -np.inf)
             if free[k := columns[wish.argmax()]]: labels[rows[i]], free[k] = k, False
+        got = (labels[rows] >= 0).sum()
+        left = 1 if left > 1 and 10 * got < len(rows) else left - 1  # rows that are alike all wish the same
     return labels
 
 # %% ../../nbs/semantic_ids/13_resolvers.ipynb #417d8ae3

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..clustering.balanced import BalancedKMeans, assign_with_bounds
-from ..clustering.kmeans import KMeans, normalise_rows
+from ..clustering.kmeans import KMeans, check_number, check_whole, normalise_rows
 from ..clustering.nearest import Codebooks
 from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, ModelFormatError, NotFittedError, ShapeMismatchError
@@ -67,8 +67,11 @@ class RQKMeans:
         slack=0.0,                # "constrained": sizes may differ from N/K by this share
         solver="exact",           # "constrained": "exact", or "k-means-constrained" to place the centroids
     ):
+        check_whole(1, n_levels=n_levels, max_iter=max_iter)
+        each = [*n_clusters] if np.iterable(n_clusters) else [n_clusters] * operator.index(n_levels)
+        for k in each: check_whole(1, n_clusters=k)
+        check_number(lambda x: x >= 0, "a number from 0", tol=tol)
         n_levels = operator.index(n_levels)
-        each = [*n_clusters] if np.iterable(n_clusters) else [n_clusters] * n_levels
         each = [operator.index(k) for k in each]
         if len(each) != n_levels:
             raise ShapeMismatchError(f"len(n_clusters) {len(each)} must match n_levels {n_levels}.")

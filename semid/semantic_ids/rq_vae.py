@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..clustering.kmeans import normalise_rows
+from ..clustering.kmeans import check_number, check_whole, normalise_rows
 from ..clustering.nearest import Codebooks
 from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, ModelFormatError, NotFittedError, atomic_path
@@ -133,7 +133,7 @@ class RQVAE:
         device="cpu",             # "cpu", "cuda", "cuda:1", "mps", "auto"
         verbose=False,            # show progress
         *,
-        random_state=None,        # seed; on the CPU, runs of one seed are the same to the last digit
+        random_state=None,        # seed; runs on the CPU are the same for one number of torch threads
         metric="l2",              # "l2", or "cosine": rows are scaled to length 1 first
         gradient="straight-through",  # past the choice of a code: or "rotation"
         best_by="relative_mse",   # which epoch is kept: "relative_mse", "collision_rate", "loss" in training
@@ -147,6 +147,15 @@ class RQVAE:
         learning_rate(lr_scheduler, 1)  # an error if there is none of that name
         if best_by not in ("relative_mse", "collision_rate", "loss"):
             raise ConfigError(f"Unknown best_by {best_by!r}: use relative_mse, collision_rate or loss.")
+        check_whole(0, epochs=epochs, warmup_epochs=warmup_epochs, kmeans_iters=kmeans_iters,
+                    sk_iters=sk_iters)
+        check_number(lambda x: 0 <= x < np.inf, "a number from 0", lr=lr, weight_decay=weight_decay,
+                     beta=beta, quant_loss_weight=quant_loss_weight)
+        check_number(lambda x: 0 <= x < 1, "a share from 0 to below 1", dropout_prob=dropout_prob)
+        if patience is not None: check_whole(1, patience=patience)
+        if random_state is not None: check_whole(0, random_state=random_state)
+        for epsilon in () if sk_epsilons is None else sk_epsilons:
+            check_number(lambda x: 0 <= x < np.inf, "numbers from 0", sk_epsilons=epsilon)
         self.in_dim, self.e_dim = operator.index(in_dim), operator.index(e_dim)
         self.num_emb_list = [256] * 4 if num_emb_list is None else [operator.index(k) for k in num_emb_list]
         self.layers = [512, 256, 128] if layers is None else [operator.index(w) for w in layers]
@@ -239,6 +248,7 @@ class RQVAE:
         if resume and checkpoint and self.random_state is None and Path(checkpoint).exists():
             new._seed = seed_of(checkpoint)
         about = {name: getattr(new, name) for name in _ARCHITECTURE + _TRAINING}
+        about["start"] = new.fingerprint() if new._is_fitted else None  # of a model that is trained further
         done = fit_network(new, X, pick_device(device or self.device), checkpoint, resume, log,
                            about | {"epochs": None, "patience": None})
         new.history_, new.best_epoch_, new._is_fitted = done.history, done.best_epoch, True
