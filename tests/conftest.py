@@ -12,7 +12,7 @@ def local_ray():
     "One small Ray for all tests that use it."
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8,
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**28,
              log_to_driver=False, logging_level=40)
     yield ray
     ray.shutdown()

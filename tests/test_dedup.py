@@ -179,13 +179,8 @@ def files(tmp_path_factory):
     return folder / "features", X, ids, scores
 
 
-@pytest.fixture(scope="module")
-def ray():
-    ray = pytest.importorskip("ray")
-    started = not ray.is_initialized()
-    if started: ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**28)
-    yield ray
-    if started: ray.shutdown()
+@pytest.fixture
+def ray(local_ray): return local_ray
 
 
 def test_the_same_bytes_from_everywhere(files, ray, tmp_path):

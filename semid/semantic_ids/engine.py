@@ -34,7 +34,8 @@ def load_encoder(
     device="cpu",  # where it shall compute
 ) -> Any:          # an RQKMeans or RQVAE
     "The encoder in a folder, whichever it is. Raises ModelFormatError."
-    kind = "RQKMeans" if (Path(path) / "codebooks.npz").exists() else "RQVAE"
+    learned = any((Path(path) / name).exists() for name in ("model.safetensors", "model.pt"))
+    kind = "RQVAE" if learned and not (Path(path) / "codebooks.npz").exists() else "RQKMeans"
     return _encoder_class(kind).load(path, device=device)
 
 # %% ../../nbs/semantic_ids/19_engine.ipynb #1f4d858f
