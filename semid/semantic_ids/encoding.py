@@ -43,7 +43,8 @@ def ids_table(
     unique,        # n strings, all different
 ) -> pa.Table:     # id, codes, semantic_id, unique_id
     "A table of IDs."
-    return codes_table(ids, codes, semantic).append_column(IDS_SCHEMA.field("unique_id"), [unique])
+    return codes_table(ids, codes, semantic).append_column(
+        IDS_SCHEMA.field("unique_id"), pa.array(unique, pa.string()))
 
 def read_ids(
     path,          # an ids.parquet
