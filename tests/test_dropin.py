@@ -39,7 +39,7 @@ EXCEPTIONS = {
         "checks_expected_dim", "accepts_list_of_lists")},
 }
 
-# _validate_embeddings is a placeholder: without the name one of the files can't be imported at all
+# semid has no _validate_embeddings: the name lets its file be imported, and its tests fail as listed above
 SHIM = f"""
 import importlib, sys, types
 import numpy as np
