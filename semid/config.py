@@ -107,7 +107,7 @@ def device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 ) -> str:                # a device that is present
     "The device to use: `name` where it is present, else the CPU, with a warning."
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ConfigError(f"Unknown device {name!r}: use auto, cpu, cuda, cuda:1 or mps.")
     if name == "cpu": return name
     import torch

@@ -18,6 +18,7 @@ from semid.semantic_ids.id_database import IDS, VERSIONS, pack_codes, unpack_cod
 from semid.semantic_ids.id_registry import IdRegistry
 from semid.semantic_ids.interchange import import_index, index_of, read_index, tokens_of, write_index
 from semid.semantic_ids.prefix_trie import PrefixConstraint, PrefixTrie
+from semid.semantic_ids.relocation import relocate
 from semid.semantic_ids.rq_kmeans import RQKMeans
 from semid.semantic_ids.uniqueness import UniqueIdResolver
 
@@ -360,6 +361,38 @@ def test_no_question_reads_the_whole_table(tmp_path):
             text = str(statement.compile(connection, compile_kwargs={"literal_binds": True}))
             plan = " ".join(row[-1] for row in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + text))
             assert "AND" in plan and "SCAN" not in plan and "TEMP" not in plan, (text, plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 119), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_relocation_needs_to_know_only_the_codes_near(n_given, n_new, seed):
+    "A version that asks the database for a few prefixes moves items as one that knows all codes."
+    rng, model = np.random.default_rng(seed), Given([4, 5, 6])
+    every = np.stack(np.unravel_index(rng.permutation(120), (4, 5, 6)), axis=1)
+    given, n_new = every[:n_given], min(n_new, 120 - n_given)
+    new = every[rng.integers(0, max(n_given, 1), n_new)]  # mostly codes that are taken
+    X = (new + rng.uniform(-0.4, 0.4, new.shape)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        version = IdRegistry(f"{folder}/ids.db").add_version("v", model, collisions="relocate")
+        version.assign(np.arange(n_given), given)
+        ids = version.assign(np.arange(1000, 1000 + n_new), X)
+    assert ids == codes_to_ids(relocate(X.round().astype(int), X, model.codebooks_, taken=given))
+
+
+def test_an_append_does_not_read_all_codes(tmp_path):
+    version = IdRegistry(tmp_path / "ids.db").add_version("v", Given([40, 40]), collisions="relocate")
+    version.assign(range(1200), np.stack(np.divmod(np.arange(1200), 40), axis=1))
+    fetched = []
+    original = id_publishing.fetch
+    def counting(connection, statement):
+        columns = original(connection, statement)
+        fetched.append(len(columns[0]))
+        return columns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(id_publishing, "fetch", counting)
+        assert version.assign(["new"], [[35, 3]]) == ["35-3"] and fetched == []
+        assert version.assign(["next"], [[35, 3]]) != ["35-3"] and fetched == [1]
+        assert version.assign(["full"], [[5, 3]])[0].startswith(("29", "3")) and fetched[1:] == [40, 1202]
 
 
 def test_a_model_is_known_by_its_fingerprint(tmp_path):

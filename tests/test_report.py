@@ -190,6 +190,11 @@ report(X[:2000], codes[:2000], held_out=(X[2000:], codes[2000:]), sequences=[[1,
     for name in ("report.json", "report.arrow", "report.png"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert load_report(tmp_path / "1").values["held_out"]["n_items"] == 1000
+    (tmp_path / "1" / "report.arrow").write_bytes(b"no arrow")
+    whole = json.loads((tmp_path / "1" / "report.json").read_text())
+    for damaged in ([], {}, {"files": {}}, {"files": 3}, whole | {"files": {}}, whole):
+        (tmp_path / "1" / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="save"): load_report(tmp_path / "1")
 
 
 def test_gaps_are_held_out_less_as_many_training_items(items):

@@ -91,7 +91,8 @@ def grid(X, folder, *sizes, n_levels=2, **options):
 def test_a_grid_that_changes_keeps_what_it_still_holds(X, tmp_path):
     grid(X, tmp_path, 4, 8)
     (tmp_path / "notes.txt").write_text("mine")
-    changed = grid(X, tmp_path, 8, 16)
+    assert not grid(X, tmp_path, 8).removed and (tmp_path / "kmeans-K4-seed0.json").exists()
+    changed = grid(X, tmp_path, 8, 16, prune=True)
     assert (changed.made, changed.found, changed.removed) == (["kmeans-K16-seed0"], ["kmeans-K8-seed0"],
                                                               ["kmeans-K4-seed0"])
     assert {p.name for p in tmp_path.iterdir()} == {

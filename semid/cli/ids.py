@@ -46,6 +46,7 @@ def fit(
                      implementation="constrained" if balanced else "kmeans", slack=slack, n_init=n_init,
                      random_state=seed, verbose=not quiet)
     if work_dir is not None:
+        if device not in ("auto", "cpu"): raise ConfigError("--work-dir fits on the CPU: leave --device out.")
         model.fit_parquet(features, work_dir, n_workers=n_workers, max_bad_fraction=max_bad_fraction,
                           id_column=id_column, feature_column=feature_column, quarantine=quarantine)
         model.save(output)
@@ -134,7 +135,7 @@ def _show(run, table, best, k, say):
     "What a sweep did and found, in words."
     for note in run.notes: say(f"{note}.")
     say(f"{len(run.made)} points fitted, {len(run.found)} were there"
-        + (f", {len(run.removed)} that are not in the grid removed" if run.removed else ""))
+        + (f", {len(run.removed)} removed" if run.removed else ""))
     shown = ["implementation", "n_clusters", "slack", "seed", "n_levels", "bits", "collision_rate",
              "relative_mse", f"recall_at_{k}"]
     shown = [name for name in shown if name in table and not table[name].isna().all()]
@@ -168,6 +169,7 @@ def sweep(
     n_threads: Annotated[int | None, typer.Option(help="Of a worker; cores are shared out.")] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster, such as auto.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Fit all, or what is missing.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove points that are not of this grid.")] = False,
     device: Device = "auto",
     id_column: IdColumn = "id",
     feature_column: FeatureColumn = "feature",
@@ -187,8 +189,8 @@ def sweep(
                                       metric.value).read(progress=not quiet)[1]
     X, unseen = read(features), read([heldout]) if heldout else None
     run = run_grid(points, X, output / "points", unseen, n_levels, k, metric.value, n_workers=n_workers,
-                   n_threads=n_threads, address=address, device=device, fresh=fresh, progress=not quiet,
-                   max_iter=max_iter, n_init=n_init, rq_vae=_settings(rq_vae, "--rq-vae"))
+                   n_threads=n_threads, address=address, device=device, fresh=fresh, prune=prune,
+                   progress=not quiet, max_iter=max_iter, n_init=n_init, rq_vae=_settings(rq_vae, "--rq-vae"))
     if not run.rows: raise SemidError(run.trouble())
     best = write_sweep(run.rows, output, max_collision_rate, max_relative_mse=max_relative_mse,
                        max_bits=max_bits)

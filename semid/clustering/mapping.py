@@ -82,6 +82,7 @@ def map_parquet(
     dim,                   # D of the vectors
     metric="l2",           # with "cosine" vectors of zeros can't be used
     *,
+    save=None,             # (folder) -> None: writes what writers need; its folder comes before `args`
     n_workers=1,           # Ray actors; with 0 or 1 all is done in this process
     max_bad_fraction=0.0,  # how large a share of rows or files may be bad before this fails
     address=None,          # of a Ray cluster, such as "auto"; a local one by default
@@ -100,8 +101,13 @@ def map_parquet(
         fresh, there = output_dir / f".{name}", output_dir / name
         _check_room(output_dir, there)
         _recover(there)
-        shutil.rmtree(fresh, ignore_errors=True)
-        stack.callback(shutil.rmtree, fresh, ignore_errors=True)
+        saved = output_dir / f".model-{name}"
+        for left in fresh, saved:  # perhaps by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+            stack.callback(shutil.rmtree, left, ignore_errors=True)
+        if save:
+            save(saved)
+            args = [str(saved.resolve()), *args]
         sources = find_sources(data_urls, **columns)
         paths = stack.enter_context(fetched(sources, output_dir / f".fetched-{name}"))
         features = open_features(paths, dim=dim, metric=metric, max_bad_fraction=max_bad_fraction,

@@ -284,6 +284,14 @@ def device_products(books, where):
         return P.cpu().numpy(), np.ones(len(r), np.float32), r.norm * roundings
     return products, np.ones(len(books.rows), np.float32), np.zeros(len(books.rows), np.float32)
 
+def _on_device(rows, s, where):
+    "A block of rows on a torch device, less their shift; and here what their lengths can't exceed."
+    import torch
+    shifted = torch.from_numpy(rows.values[s]).to(where) - torch.from_numpy(rows.shift).to(where)
+    norm = ((shifted * shifted).sum(1).sqrt() * (1 + (shifted.shape[1] + 32) * 2.0**-23)).cpu().numpy()
+    if not np.isfinite(norm).all(): rows[s]  # raises where it isn't only their squares that overflow
+    return shifted, np.maximum(norm, np.float32(1e-15))  # of shorter ones the squares underflow
+
 def _assign_on_device(rows, books, where, codes, block=32768):
     "Fill `codes` with the screen on a torch device and the decisions in float64 here."
     import torch
@@ -291,17 +299,17 @@ def _assign_on_device(rows, books, where, codes, block=32768):
     half, table, norms, slack = map(put, (books.half32, books.tables32, books.rows.norm, books.slack))
     C, o, roundings = put(books.rows.values), books.offsets, (books.dim + 8) * 2.0**-24 * 1.01
     for s in (slice(i, i + block) for i in range(0, len(rows), block)):
-        r = rows[s]
-        with np.errstate(over="ignore", invalid="ignore"): shifted = put(r.values - books.shift)
-        norm = put(r.norm)[:, None]
+        shifted, length = _on_device(rows, s, where)
+        norm = put(length)[:, None]
         with _full_float32(where): P = shifted @ C.T
         for level, (at, to) in enumerate(zip(o[:-1], o[1:], strict=True)):
             known = half[None, at:to]
-            for j in range(level): known = known + table[_row_numbers(codes[s, j], o[j], where), at:to]
+            for j in range(level):
+                known = known + table[torch.from_numpy(codes[s, j] + o[j]).to(where), at:to]
             reach = books.reach[at:to].max()
             with np.errstate(over="ignore", invalid="ignore"):  # too long for float32, and so not screened
-                size = r.norm.astype(np.float64) * books.rows.norm[at:to].max()
-                floor = put((size + reach) * 2.0**-40 + (r.norm + books.far) * books.rounding)[:, None]
+                size = length.astype(np.float64) * books.rows.norm[at:to].max()
+                floor = put((size + reach) * 2.0**-40 + (length + books.far) * books.rounding)[:, None]
             hard = ~((size + reach == 0) | ((size + reach > 1e-15) & (size + reach < 1e30)))
             doubt = norm * norms[None, at:to] * (roundings + 2.0**-20) + slack[None, at:to] + floor
             score = known - P[:, at:to]
@@ -311,13 +319,8 @@ def _assign_on_device(rows, books, where, codes, block=32768):
             unsure = np.flatnonzero((alive.sum(1) != 1).cpu().numpy() | hard)
             lows, leasts = low[unsure].cpu().numpy(), least[unsure].cpu().numpy()
             lows[hard[unsure]], leasts[hard[unsure]] = 0, 0
-            _decide_rows(r.values, unsure, books.centroids, books.half_norms, books.tables, codes[s],
+            _decide_rows(rows.values[s], unsure, books.centroids, books.half_norms, books.tables, codes[s],
                          level, o, lows, leasts)
-
-def _row_numbers(codes, offset, where):
-    "Rows of the table that belong to chosen centroids, on the device."
-    import torch
-    return torch.from_numpy(codes.astype(np.int64) + offset).to(where)
 
 @njit(nogil=True, cache=True)
 def _decide_rows(X, rows, C, half, table, codes, level, offsets, lows, leasts):

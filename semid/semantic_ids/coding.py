@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 from tqdm.auto import tqdm
 
+from ..clustering.kmeans import check_whole
 from ..clustering.nearest import assign, in_blocks, screened
 from ..clustering.rows import ANY_ORDER, LazyRows, exact_dot, replace_largest
 from ..config import ConfigError, DataError, ShapeMismatchError
@@ -153,13 +154,11 @@ def encode_rows(
     progress=None,             # what a progress bar is called; none by default
 ):                             # (N, L) int32; with alternatives (N, m, L) int32 and (N, m) float64
     "Codes of the rows of X."
-    step = 65536 if batch_size is None else operator.index(batch_size)
-    if step < 1: raise ConfigError("batch_size must be at least 1.")
+    step = 65536 if batch_size is None else batch_size
     n, L, m = len(X), len(books.levels), 1 if return_alternatives is None else return_alternatives
-    if operator.index(beam_size) < 1: raise ConfigError("beam_size must be at least 1.")
-    if not 1 <= m <= beam_size:
-        raise ConfigError(f"return_alternatives={m} must be at least 1, and beam_size={beam_size} at least "
-                          "that.")
+    check_whole(1, batch_size=step, beam_size=beam_size, return_alternatives=m)
+    if m > beam_size:
+        raise ConfigError(f"return_alternatives={m} needs a beam_size of at least that, not {beam_size}.")
     codes, costs = np.empty((n, m, L), np.int32), np.empty((n, m))
     starts, where = range(0, n, step), (backend, device, n_threads)
     for i in tqdm(starts, desc=progress, unit="batch", disable=not progress or len(starts) < 2):

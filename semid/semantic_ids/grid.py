@@ -171,13 +171,13 @@ def _read_point(folder, point, made_from) -> tuple[Any, str]:
 # %% ../../nbs/semantic_ids/25_grid.ipynb #3595b406
 _NAME = re.compile(r"[a-z_]+-K\d+(-slack[-+.e\d]+)?-seed\d+(\.json)?")
 
-def _remove_others(folder, names) -> list[str]:
-    "Remove points that are not among `names`, and what killed runs left; the names of the points."
+def _remove(folder, unwanted) -> list[str]:
+    "Remove the points of which `unwanted(name)` is true, and what killed runs left; the names of the points."
     gone = set()
     for path in folder.iterdir():
         name = path.name.removesuffix(".json")
         left = path.name.startswith(".") and path.name.endswith(".tmp")
-        if name in names or not (left or _NAME.fullmatch(path.name)): continue
+        if not (left or _NAME.fullmatch(path.name) and unwanted(name)): continue
         if not left: gone.add(name)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return sorted(gone)
@@ -287,6 +287,7 @@ def run_grid(
     address=None,      # of a Ray cluster, such as "auto"; a local one by default
     device="auto",     # where fitting and encoding run; several workers run on the CPU
     fresh=False,       # make every point again
+    prune=False,       # remove points in the folder that are not of this grid
     progress=False,    # show a bar
     rq_vae=None,       # arguments of RQVAE, for "rq_vae" and "rq_kmeans_plus": {"epochs": …, "layers": …}
     **options,         # more arguments of RQKMeans: max_iter, tol, n_init, …
@@ -298,7 +299,8 @@ def run_grid(
                 "rq_vae": rq_vae or {}}
     wanted, run = _wanted(points, X, unseen, settings), GridRun()
     with alone_in(folder):
-        if fresh: _remove_others(folder, set())
+        names = {point.name for point in points}
+        if fresh: _remove(folder, names.__contains__)
         there = {point: _read_point(folder, point, wanted[point]) for point in points}
         run.notes = [f"{word}: made again" for _, word in there.values() if word]
         run.found = [point.name for point in points if there[point][0] is not None]
@@ -313,7 +315,8 @@ def run_grid(
             items = [(point, wanted[point]) for point in missing]
             with bar: run.failed = _work(folder, job, items, n_workers, n_threads, address, bar.update)
         run.made = [point.name for point in points if point in missing and point.name not in run.failed]
-        run.removed = _remove_others(folder, {*run.found, *run.made})
+        kept = {*run.found, *run.made}
+        run.removed = _remove(folder, lambda name: name not in kept and (prune or name in names))
         for point in points: run.rows += _read_point(folder, point, wanted[point])[0] or []
     run.failed = {point.name: run.failed[point.name] for point in points if point.name in run.failed}
     return run

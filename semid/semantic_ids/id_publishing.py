@@ -7,7 +7,8 @@ __all__ = ['Version', 'item_names', 'refuse_repeats', 'spell', 'id_keys', 'id_pr
            'check_fit', 'progress_bar', 'publish']
 
 # %% ../../nbs/semantic_ids/15_id_publishing.ipynb #3a849184
-import json, random, re, time
+import json, math, random, re, time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from tqdm.auto import tqdm
 from ..config import ConfigError, DataError, SemidError, ShapeMismatchError
 from ..features import as_texts
 from .formatting import check_codes, codes_to_ids, ids_to_codes, level_letter
-from .id_database import (
-    IDS, LONGEST_ITEM, PORTION, VERSIONS, Database, fetch, fetch_in, pack_codes, unpack_codes)
+from semid.semantic_ids.id_database import (
+    IDS, LONGEST_ITEM, PORTION, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, under,
+    unpack_codes)
 from .relocation import relocate
 
 # %% ../../nbs/semantic_ids/15_id_publishing.ipynb #b6fbda9c
@@ -58,6 +60,9 @@ class Version:
         return connection.execute(statement.with_for_update() if lock else statement).scalar_one()
     def own_model(self):
         "The model that this version is of. Raises where it isn't at hand, or was changed."
+        if not self.fingerprint:
+            raise ConfigError(f"Version {self.name!r} was adopted without a model: it grows by adopt() or "
+                              "import_index(), and new vectors need a version of their own.")
         if self.model is None:
             raise ConfigError(f"Version {self.name!r} was opened without its model: to assign IDs, use "
                               f"registry.add_version({self.name!r}, model).")
@@ -232,15 +237,27 @@ def _free(version, connection, batch):
     groups, distinct = found.indices.to_numpy(), found.dictionary
     highest = _highest(version, connection, distinct)
     if version.collisions != "relocate": return packed, _slots(groups, highest)
-    if len(distinct) < len(packed) or (highest > -2).any():
-        packed = pack_codes(_relocated(version, connection, batch), version.n_clusters)
+    shared = (highest > -2) | (np.bincount(groups, minlength=len(highest)) > 1)
+    if shared.any():
+        taken = _taken_near(version, connection, packed, packed[shared[groups]])
+        model = version.own_model()
+        codes = relocate(batch.codes, batch.latents, model.codebooks_, prices=getattr(model, "prices_", None),
+                         taken=unpack_codes(taken, version.n_clusters))
+        packed = pack_codes(codes, version.n_clusters)
     return packed, np.full(len(packed), -1)
 
-def _relocated(version, connection, batch):
-    "Codes for a batch that are free, of the same length."
-    model, (taken,) = version.own_model(), fetch(connection, select_ids(version, IDS.c.code))
-    return relocate(batch.codes, batch.latents, model.codebooks_, prices=getattr(model, "prices_", None),
-                    taken=unpack_codes(taken, version.n_clusters))
+def _taken_near(version, connection, packed, shared):
+    "The published codes that can matter to items which have to move."
+    widths, n_items = digit_widths(version.n_clusters), version.count(connection)
+    for depth in range(version.n_levels - 1, -1, -1):
+        w = sum(widths[:depth])
+        heads = sorted({code[:w] for code in shared})
+        if 20 * len(heads) > n_items or not depth: break  # a question each takes longer
+        taken = [code for i in range(0, len(heads), 100) for code in fetch(connection, select_ids(
+            version, IDS.c.code).where(sa.or_(*(under(h, widths) for h in heads[i:i + 100]))))[0]]
+        count = Counter(code[:w] for code in [*packed.tolist(), *taken])
+        if max(count[h] for h in heads) <= math.prod(version.n_clusters[depth:]): return taken  # none leaves
+    return fetch(connection, select_ids(version, IDS.c.code))[0]
 
 def _given(version, connection, packed, slots):
     "Codes and slots that were settled elsewhere, if they are free."

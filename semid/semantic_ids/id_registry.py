@@ -6,7 +6,7 @@
 __all__ = ['IdVersion', 'IdRegistry']
 
 # %% ../../nbs/semantic_ids/16_id_registry.ipynb #2b740528
-import hashlib, json
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..config import ConfigError, DataError, ShapeMismatchError
 from .encoding import ids_table
 from .formatting import check_codes, check_format, check_separator, codes_to_ids
 from .id_database import (
-    IDS, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, unpack_codes)
+    IDS, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, under, unpack_codes)
 from semid.semantic_ids.id_publishing import (
     Batch, Version, find, id_keys, id_prefix, is_none, item_names, progress_bar, publish, refuse_repeats,
     select_ids, spell)
@@ -131,9 +131,9 @@ class IdVersion(Version):
         "The items whose codes begin with `prefix`, in the order of their codes."
         codes, widths = id_prefix(self, prefix), digit_widths(self.n_clusters)
         if any(code >= k for code, k in zip(codes, self.n_clusters)): return []
-        head, rest = "".join(f"{c:0{w}}" for c, w in zip(codes, widths)), sum(widths[len(codes):])
-        under = IDS.c.code.between(head + "0" * rest, head + "9" * rest)
-        statement = select_ids(self, IDS.c.item_id).where(under).order_by(IDS.c.code, IDS.c.slot).limit(limit)
+        head = "".join(f"{c:0{w}}" for c, w in zip(codes, widths))
+        statement = (select_ids(self, IDS.c.item_id).where(under(head, widths))
+                     .order_by(IDS.c.code, IDS.c.slot).limit(limit))
         with self.database.transaction() as connection: return fetch(connection, statement)[0]
 
     def rows(self):  # (N,) item ids, (N, L) codes, (N,) slots
@@ -173,11 +173,20 @@ def _check_settings(name, n_clusters, collisions, sep, fmt):
     if sum(digit_widths(n_clusters)) > 255:
         raise ConfigError(f"{len(n_clusters)} levels are too many: 255 digits can be stored.")
 
+_NO_MODEL = ""  # the fingerprint of IDs that were adopted without one
+
+def _another(fingerprint, given):
+    if not fingerprint: return "of IDs that were adopted without a model"
+    return f"of another model ({fingerprint[:12]}…, not {given[:12] + '…' if given else 'none'})"
+
 def _check_same(version, fingerprint, n_clusters, settings):
     "Refuse to take a version for another one."
-    if (version.fingerprint, version.n_clusters) != (fingerprint, n_clusters):
-        raise DataError(f"Version {version.name!r} is of another model ({version.fingerprint[:12]}…, not "
-                        f"{fingerprint[:12]}…): its IDs can't change, so choose another name.")
+    if version.fingerprint != fingerprint:
+        other = _another(version.fingerprint, fingerprint)
+        raise DataError(f"Version {version.name!r} is {other}: its IDs can't change, so choose another name.")
+    if version.n_clusters != n_clusters:
+        raise DataError(f"Version {version.name!r} has n_clusters={version.n_clusters} for good, not "
+                        f"{n_clusters}: choose another name.")
     for key, value in settings.items():
         if value is None or value == (has := getattr(version, key)): continue
         raise ConfigError(f"Version {version.name!r} has {key}={has!r} for good: choose another name.")
@@ -265,10 +274,13 @@ class IdRegistry:
         if len(batch.codes) != len(batch.names):
             raise ShapeMismatchError(f"{len(batch.names)} items, {len(batch.codes)} codes: one each.")
         refuse_repeats(batch.names)
+        known = self.versions.get(name)
+        if n_clusters is None and known and known.n_levels == batch.codes.shape[1]:
+            n_clusters = known.n_clusters
         n_clusters = _sizes(batch.codes, model, n_clusters)
-        if collisions is None: collisions = self[name].collisions if name in self.versions else _policy(batch)
+        if collisions is None: collisions = known.collisions if known else _policy(batch)
         _settle(batch, collisions)
-        fingerprint = _content_hash(batch, n_clusters) if model is None else model.fingerprint()
+        fingerprint = _NO_MODEL if model is None else model.fingerprint()
         version = self._add(name, fingerprint, n_clusters, dict(collisions=collisions, sep=sep, fmt=fmt))
         if model is not None: self._models[name] = version.model = model
         _check_unmoved(version, batch)
@@ -317,14 +329,15 @@ def _policy(batch):
 
 def _settle(batch, collisions):
     "Check the slots of a batch, or fill them in where there can be no other."
+    has_suffix = batch.slots is not None and (np.asarray(batch.slots) >= 0).any()
+    if has_suffix and collisions != "suffix":
+        raise DataError("Some of these IDs have a suffix: use a version with collisions='suffix'.")
     if collisions == "share": batch.slots = None
     elif collisions == "relocate" and batch.slots is None: batch.slots = np.full(len(batch.codes), -1)
     if batch.slots is None: return
     whole = batch.slots.shape == (len(batch.codes),) and batch.slots.dtype.kind in "iu"
     if not whole or batch.slots.min(initial=0) < -1:
         raise DataError("slots holds a whole number from -1 for each item.")
-    if collisions == "relocate" and (batch.slots >= 0).any():
-        raise DataError("Some of these IDs have a suffix: use collisions='suffix'.")
     _, first, of = np.unique(np.column_stack([batch.codes, batch.slots]), axis=0, return_index=True,
                              return_inverse=True)
     if len(first) == len(batch.codes): return
@@ -343,8 +356,3 @@ def _check_unmoved(version, batch):
     item = batch.names[int(row[0])].as_py()
     raise DataError(f"The item {item!r} has the ID {text!r}, and a published ID never moves.")
 
-def _content_hash(batch, n_clusters):
-    "sha256 of IDs, whatever the order of the items."
-    slots = [None] * len(batch.codes) if batch.slots is None else batch.slots.tolist()
-    rows = sorted(zip(batch.names.to_pylist(), batch.codes.tolist(), slots))
-    return hashlib.sha256(json.dumps([n_clusters, rows]).encode()).hexdigest()

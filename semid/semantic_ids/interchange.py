@@ -130,7 +130,7 @@ def import_index(
     path,                 # an index.json
     *,
     model=None,           # what the codes are of, if it is at hand
-    n_clusters=None,      # codes a level; the model's, or the least that the file needs
+    n_clusters=None,      # codes a level; the model's, or the least for this file (others may need more)
     n_levels=None,        # tokens of an item that are codes; those of the shortest row when None
     collisions=None,      # "suffix", "relocate", "share"; what the file shows when None
     sep="-",              # between an ID and its suffix
@@ -152,7 +152,8 @@ def write_parquet(
     with atomic_path(path) as temporary: pq.write_table(table, temporary, compression="zstd")
     return write_manifest(
         path, n_items=len(table), version=version.name, collisions=version.collisions,
-        model={"sha256": version.fingerprint, "n_levels": version.n_levels, "n_clusters": version.n_clusters},
+        model={"sha256": version.fingerprint or None, "n_levels": version.n_levels,
+               "n_clusters": version.n_clusters},
         format={"sep": version.sep, "fmt": version.fmt})
 
 def to_dataset(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..clustering.kmeans import check_whole
 from ..clustering.mapping import PartWriter, map_parquet
 from ..clustering.pool import open_pool
 from ..clustering.shards import Stage, find_sources, remove_stage, stage_features, what_changed
@@ -158,12 +159,9 @@ def encode_parquet(
     **options,     # of `map_parquet`: n_workers, max_bad_fraction, address, n_threads, id_column, ...
 ) -> int:          # how many vectors were encoded
     "Codes and semantic IDs of all vectors: the same files for any number of workers."
-    output_dir = Path(output_dir)
     if isinstance(model, str | Path): model = load_encoder(model)
+    check_whole(1, beam_size=beam_size)
     about = {"model": describe(model), "beam_size": beam_size, "format": {"sep": sep, "fmt": fmt}}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=output_dir) as saved:
-        model.save(saved)
-        args = [str(Path(saved).resolve()), (beam_size, device, {"sep": sep, "fmt": fmt})]
-        return map_parquet(_CodeWriter, args, data_urls, output_dir, "codes", about, model.dim, model.metric,
-                           **options)
+    args = [(beam_size, device, {"sep": sep, "fmt": fmt})]
+    return map_parquet(_CodeWriter, args, data_urls, output_dir, "codes", about, model.dim, model.metric,
+                       save=model.save, **options)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'records_of', 'new_figure', 'finish_axes', 'plot_collisions', 'plot_utilisation', 'plot_counts',
-           'plot_mse_bits', 'plot_sweep_heatmap', 'plot_collision_kinds', 'plot_perplexity', 'plot_prefix_cosine',
-           'plot_retrieval', 'plot_lift', 'plot_errors', 'plot_held_out']
+           'plot_mse_bits', 'plot_sweep_heatmap', 'plot_collision_kinds', 'plot_perplexity', 'draw_lines',
+           'plot_prefix_cosine', 'plot_retrieval', 'plot_lift', 'plot_errors', 'plot_held_out']
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #03f4ec2e
 import numpy as np
@@ -234,7 +234,10 @@ def plot_perplexity(
     return figure
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #eb58f6f6
-def _lines(ax, series):
+def draw_lines(
+    ax,      # where to draw
+    series,  # lists of numbers by what to call them, one number a prefix length
+):
     "A line for each name of `series`, with a gap where there is no number."
     for i, (label, values) in enumerate(series.items()):
         shown = [np.nan if value is None else value for value in values]
@@ -248,7 +251,7 @@ def plot_prefix_cosine(
     figure, (ax,) = new_figure(ax)
     n = len(cosine["pairs"])
     names = {"mean of groups (SC)": "groups", "mean of items": "items", "mean of pairs": "pairs"}
-    _lines(ax, {label: cosine[name] for label, name in names.items()})
+    draw_lines(ax, {label: cosine[name] for label, name in names.items()})
     if (chance := cosine["any_pair"]) is not None:
         ax.axhline(chance, color=".6", linewidth=1, linestyle="--", zorder=1, label="any two items")
     _whole_numbers(ax, n)
@@ -268,7 +271,7 @@ def plot_retrieval(
     "Recall and NDCG against prefix length."
     figure, (ax,) = new_figure(ax)
     k = retrieval["k"]
-    _lines(ax, {f"recall@{k}": retrieval["recall"], f"NDCG@{k}": retrieval["ndcg"]})
+    draw_lines(ax, {f"recall@{k}": retrieval["recall"], f"NDCG@{k}": retrieval["ndcg"]})
     _whole_numbers(ax, len(retrieval["recall"]))
     ax.set_ylim(0)
     finish_axes(ax, "Nearest vectors among nearest codes, ties in any order", "prefix length",
@@ -284,7 +287,7 @@ def plot_lift(
     "Lift against prefix length, on a scale of ratios; 1 is chance."
     figure, (ax,) = new_figure(ax)
     n = len(lift["lift"])
-    _lines(ax, {"over random pairs": [value or None for value in lift["lift"]],
+    draw_lines(ax, {"over random pairs": [value or None for value in lift["lift"]],
                 "over pairs as popular": [value or None for value in lift["lift_of_popularity"]]})
     for x, value in enumerate(lift["lift"], 1):
         if value: ax.annotate(f"{value:.3g}", (x, value), xytext=(0, 6), textcoords="offset points",
@@ -307,7 +310,7 @@ def plot_errors(
     "Relative error against prefix length, one line a name."
     figure, (ax,) = new_figure(ax)
     n = max(len(values) for values in errors.values())
-    _lines(ax, errors)
+    draw_lines(ax, errors)
     _whole_numbers(ax, n)
     ax.set_ylim(0)
     finish_axes(ax, "What the codes lose of the vectors", "prefix length", "relative MSE")

@@ -117,12 +117,12 @@ class PrefixConstraint:
         self._codes = [{int(i): c for c, i in enumerate(ids) if i >= 0} for ids in self._ids]
     def _prefix(self, written):
         "The codes written so far; None if there are other tokens among them."
-        start = self.prompt_length
-        if start is None:
+        written = written[self.prompt_length or 0:]
+        written = written.tolist() if hasattr(written, "tolist") else [*map(int, written)]  # one transfer
+        if self.start_token is not None:
             if self.start_token not in written:
                 raise DataError(f"The start_token {self.start_token} is not in the input.")
-            start = len(written) - written[::-1].index(self.start_token)
-        written = written[start:]
+            written = written[len(written) - written[::-1].index(self.start_token):]
         if len(written) > len(self._codes): return None
         codes = [known.get(token) for known, token in zip(self._codes, written)]
         return None if None in codes else codes
@@ -132,7 +132,7 @@ class PrefixConstraint:
         input_ids,     # (T,) token ids: the prompt and what was written
     ) -> list[int]:    # token ids
         "What may come next."
-        prefix = self._prefix([int(token) for token in input_ids])
+        prefix = self._prefix(input_ids)
         if prefix is None: return [self.end_token]
         following = self._ids[min(len(prefix), len(self._ids) - 1)][self.trie.allowed(prefix)].tolist()
         return following + [self.end_token] if not following or self.trie.ends(prefix) else following

@@ -359,9 +359,15 @@ def load_report(
 ) -> Report:
     "A report from its folder; DataError where its files are not of one report."
     folder = Path(folder)
-    try: values = json.loads((folder / "report.json").read_text())
-    except (OSError, json.JSONDecodeError) as e: raise DataError(f"{folder} holds no report: {e}.") from None
-    for name, known in values.pop("files", {}).items():
+    try: return _read_report(folder)
+    except DataError: raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # pyarrow's are ValueErrors too
+        why = f"it has no {e}" if isinstance(e, KeyError) else e
+        raise DataError(f"{folder} holds no report that can be read ({why}): save it again.") from None
+
+def _read_report(folder):
+    values = json.loads((folder / "report.json").read_text())
+    for name, known in values.pop("files").items():
         if not (folder / name).is_file() or _hash(folder / name) != known:
             raise DataError(f"{folder / name} is not of the report beside it: save the report again.")
     with pa.OSFile(str(folder / "report.arrow"), "rb") as source: table = pa.ipc.open_file(source).read_all()

@@ -119,7 +119,7 @@ def _check_texts(write, codes):
 
 # %% ../../nbs/semantic_ids/13_resolvers.ipynb #f917cf14
 class RelocationResolver(_CodeResolver):
-    "IDs of fixed length: an item whose code is taken moves to a free one near by, see `relocate`."
+    "IDs of one length, for models with `latents` and `codebooks_`; see `relocate`."
     _settings = "policy", "capacity", "random_state"
     def __init__(
         self,

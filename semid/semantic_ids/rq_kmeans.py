@@ -202,7 +202,8 @@ class RQKMeans:
         return encode_rows(
             self._checked(X), books, self.latents, beam_size=beam_size,
             return_alternatives=return_alternatives, batch_size=batch_size, backend=self.backend,
-            device=device, n_threads=self.n_threads, progress="RQ-KMeans encode" if self.verbose else None)
+            device=device or "cpu", n_threads=self.n_threads,
+            progress="RQ-KMeans encode" if self.verbose else None)
 
     def encode_parquet(
         self,

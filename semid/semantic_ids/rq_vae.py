@@ -181,13 +181,14 @@ class RQVAE:
         self.best_epoch_: int | None = None  # counted from 1; 0 is what RQ-KMeans+ started from
         self.mean_, self.scale_, self._is_fitted = np.zeros(self.in_dim, np.float32), 1.0, False
         self.prices_ = None  # as balanced codebooks of RQKMeans have
+        self.n_threads = None  # that decide codes; all of them by default
         self.module = self._new_module()
 
     def _new_module(self):
         import torch
         from semid.semantic_ids.rq_vae_module import RQVAEModule
         with torch.random.fork_rng([]):
-            torch.manual_seed(self._seed)
+            torch.default_generator.manual_seed(self._seed)  # those of GPUs stay as they are
             return RQVAEModule(**{name: getattr(self, name) for name in _ARCHITECTURE})
 
     def __repr__(self):
@@ -210,7 +211,7 @@ class RQVAE:
         cls,
         model,      # fitted RQKMeans
         **options,  # more arguments: layers, lr, epochs, …
-    ) -> "RQVAE":   # gives the model's codes, and better ones after `fit`
+    ) -> "RQVAE":   # gives the codes nearest in its codebooks, and better ones after `fit`
         "RQ-KMeans+: a residual network around the codebooks of RQ-KMeans; prices are not kept."
         model._fitted()
         dim = model.codebooks_[0].shape[1]
@@ -292,7 +293,7 @@ class RQVAE:
         return encode_rows(
             X, Codebooks(self.codebooks_), lambda part, first: self.latents(part, first, where),
             beam_size=beam_size, return_alternatives=return_alternatives, batch_size=batch_size, device=where,
-            progress="RQ-VAE encode" if self.verbose else None)
+            n_threads=self.n_threads, progress="RQ-VAE encode" if self.verbose else None)
 
     def encode_parquet(
         self,
