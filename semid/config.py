@@ -127,13 +127,17 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/00_config.ipynb #6623c5e1
-def flush_to_disk(path):
+def flush_to_disk(
+    path,  # a file or a folder, which is there
+):
     "Wait until a file or folder is on the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def is_alive(pid):
+def is_alive(
+    pid,  # a number
+):        # bool; true also of another user's
     "Is there a process of this number on this machine?"
     try: os.kill(pid, 0)
     except ProcessLookupError: return False

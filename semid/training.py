@@ -56,7 +56,12 @@ class Training:
     best: float | None = None                               # what `best_by` was then
     stopped_early: bool = False
 
-    def is_best(self, values, by, larger_is_better) -> bool:
+    def is_best(
+        self,
+        values,            # numbers of an epoch, by name
+        by,                # which of them counts
+        larger_is_better,  # else the smallest is the best
+    ) -> bool:
         "Whether these numbers are the best so far; if so they are noted."
         if by not in values: raise ConfigError(f"No {by!r} to choose by: there is {', '.join(values)}.")
         value = values[by]
@@ -68,7 +73,10 @@ class Training:
         self.best, self.best_epoch = value, self.epochs
         return True
 
-    def is_over(self, patience) -> bool:
+    def is_over(
+        self,
+        patience,  # how many epochs; None: it never is
+    ) -> bool:
         "Whether so many epochs went by without a better one."
         return patience is not None and self.epochs - self.best_epoch >= patience
 

@@ -298,7 +298,11 @@ def _extend(heap, arcs, lists, a, b, members, costs, most):
     arcs.least[a, b] = arcs.mirror[b, a] = arcs.bound[a, b]
     if arcs.top[a, b] >= 0: _shorten(arcs, a, b, heap.value[arcs.top[a, b]])
 
-def cost_table(costs, rows, columns=slice(None)):
+def cost_table(
+    costs,                # CostTable of N rows and K clusters
+    rows,                 # (n,) row numbers
+    columns=slice(None),  # (m,) clusters; all by default
+):                        # (n, m)
     "Costs of some rows in some clusters, float64."
     values = costs.values[rows]
     if not len(costs.basis): return values[:, columns].astype(np.float64)
@@ -308,7 +312,15 @@ def cost_table(costs, rows, columns=slice(None)):
 def _padded(arrays, n):
     return [np.concatenate([v, np.empty(n, v.dtype)]) for v in arrays]
 
-def solve_flow(costs, heap, arcs, lists, price, excess, flow, room, most=16):
+def solve_flow(
+    costs,              # CostTable of the rows and K clusters
+    heap, arcs, lists,  # from `begin_flow`
+    price,              # (K + 1,) float64 prices of the clusters and, last, of the room, changed in place
+    excess,             # (K + 1,) items too many there, negative where some are missing; ends as zeros
+    flow,               # (K,) items of each cluster beyond its least size, changed in place
+    room,               # how many such items a cluster may have
+    most=16,            # moves of an arc to list at a time
+):                      # lists of pieces: row, mult and label of the first `used[0]` of them
     "Repair, and list more moves where wanted, until all sizes are right: the lists."
     K = len(flow)
     wanted, splits = np.empty(16 * K, np.int64), bool((lists.mult > 1).any())

@@ -283,12 +283,18 @@ class DistributedKMeans:
         "Labels of all rows in reading order, read from the files: (N,) int32."
         return np.concatenate([labels for _, labels, _ in self.assignments()])
 
-    def predict(self, X) -> np.ndarray:
-        "Nearest centroid of each row of an array: (N,) int32."
+    def predict(
+        self,
+        X,            # (N, D) floats
+    ) -> np.ndarray:  # (N,) int32
+        "Nearest centroid of each row of an array."
         self._fitted()
         return KMeansInference(model=self).predict(X)
 
-    def save(self, path):
+    def save(
+        self,
+        path,  # the folder to write
+    ):
         "Write the model to the folder `path`, for `KMeansInference` and `KMeans.load`."
         self._fitted()
         write_model(path, self.cluster_centers_, self.metric, n_iter=self.n_iter_, inertia=self.inertia_,

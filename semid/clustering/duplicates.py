@@ -195,16 +195,27 @@ class Duplicates:
         near = self.sampled.filter(pc.field("cosine") >= self.threshold)["seen"].to_numpy()
         return float(1 - near.mean()) if len(near) else None
 
-    def plot(self, images, n=12, **options):
+    def plot(
+        self,
+        images,     # mapping, function or list from id to array, PIL image or the bytes of an image file
+        n=12,       # pairs to show at most
+        **options,  # of `plot_pairs`: closest, exact, seed
+    ):              # a matplotlib figure
         "A gallery of removed items beside what is kept in their place; see `plot_pairs`."
         return plot_pairs(self.removed, images, n, **options)
 
-    def save(self, path) -> Path:
+    def save(
+        self,
+        path,   # the folder to write
+    ) -> Path:  # `path`
         "Write the result to the folder `path`: kept, removed and what `load` needs, in Parquet and JSON."
         return _save(self, Path(path))
 
     @classmethod
-    def load(cls, path) -> "Duplicates":
+    def load(
+        cls,
+        path,  # a folder written by `save`
+    ) -> "Duplicates":
         "Read a folder written by `save`."
         return _load(Path(path))
 

@@ -98,7 +98,10 @@ def _check_model(path, about, centroids):
     if about.get("sha256", got := _fingerprint(centroids, about["metric"])) != got:
         wrong("its centroids are not those that were saved (sha256 differs)")
 
-def load_kmeans(cls, path):
+def load_kmeans(
+    cls,   # KMeans, or a subclass
+    path,  # a model folder
+):         # a fitted model, without labels
     "A `KMeans` from a model folder; `KMeans.load` is this."
     centroids, about = read_model(path)
     model = cls(len(centroids), metric=about["metric"], random_state=about.get("seed"))

@@ -268,7 +268,10 @@ class KMeans(Clusterer):
         "Fit, and the labels of the rows."
         return self.fit(X).labels_
 
-    def save(self, path):
+    def save(
+        self,
+        path,  # the folder to write
+    ):
         "Write the model to the folder `path`: model.safetensors and metadata.json."
         from semid.clustering.inference import save_kmeans
         save_kmeans(self, path)
@@ -283,7 +286,15 @@ class KMeans(Clusterer):
         return load_kmeans(cls, path)
 
 # %% ../../nbs/clustering/05_kmeans.ipynb #ab66718c
-def check_settings(n_clusters, metric, init, max_iter, tol, early_stop, init_sample):
+def check_settings(
+    n_clusters,   # K, a whole number from 1
+    metric,       # "l2" or "cosine"
+    init,         # "k-means++", "random", or an array, which is looked at later
+    max_iter,     # a whole number from 1
+    tol,          # a number from 0
+    early_stop,   # a share from 0 to below 1
+    init_sample,  # a whole number from 1
+):
     "Raise ConfigError if a setting makes no sense."
     if metric not in ("l2", "cosine"): raise ConfigError(f"Unknown metric {metric!r}: use l2 or cosine.")
     if isinstance(init, str) and init not in ("k-means++", "random"):
@@ -320,7 +331,10 @@ def check_seed(
     except (TypeError, ValueError):
         raise ConfigError(f"random_state must be a whole number from 0, not {random_state!r}.") from None
 
-def check_enough(n, n_clusters):
+def check_enough(
+    n,           # how many rows there are
+    n_clusters,  # K
+):
     "Raise ShapeMismatchError if there are fewer rows than clusters."
     if n >= n_clusters: return
     raise ShapeMismatchError(f"n_samples={n} should be >= n_clusters={n_clusters}: "

@@ -103,17 +103,40 @@ class Clustered(ABC):
     steps: np.ndarray   # of the sums
     around: float       # sum of squared distances to the shift
     @abstractmethod
-    def assign(self, centroids): "Label every row with its nearest centroid."
+    def assign(
+        self,
+        centroids,  # (K, D) float32
+    ):
+        "Label every row with its nearest centroid."
     @abstractmethod
-    def totals(self): "Exact sums of the clusters, (K, 2, D), and their counts, (K,)."
+    def totals(self):  # (K, 2, D) float64, (K,) whole numbers
+        "Exact sums of the clusters, and their counts."
     @abstractmethod
-    def farthest(self, centroids, most): "Labels and values of the rows farthest from their centroids."
+    def farthest(
+        self,
+        centroids,  # (K, D) float32
+        most,       # how many rows at most
+    ):              # (m,) int32, (m, D) float32, farthest first
+        "Labels and values of the rows farthest from their centroids."
     @abstractmethod
-    def gap_sums(self, centroids, steps): "Exact sums of squared distances by cluster, (K, 2)."
+    def gap_sums(
+        self,
+        centroids,  # (K, D) float32
+        steps,      # (2,) from `gap_steps`
+    ):              # (K, 2) float64
+        "Exact sums of squared distances by cluster."
     @abstractmethod
-    def members(self, clusters): "A list of the rows of each of some clusters, or of a sample of them."
+    def members(
+        self,
+        clusters,  # their numbers
+    ):             # (m, D) float32 of each cluster
+        "A list of the rows of each of some clusters, or of a sample of them."
     @abstractmethod
-    def take(self, numbers): "Some rows, by their numbers: (m, D) float32."
+    def take(
+        self,
+        numbers,  # (m,) row numbers
+    ):            # (m, D) float32
+        "Some rows, by their numbers."
     @abstractmethod
     def __len__(self): "How many rows there are."
     def inertia(self, centroids=None):

@@ -224,7 +224,7 @@ def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales
     return decided
 
 # %% ../../nbs/clustering/01_nearest.ipynb #ca43dd08
-def backend_of(name) -> str:
+def backend_of(name) -> str:  # "auto", "numpy" or "torch" -> "numpy" or "torch"
     "Resolve 'auto': torch's int8 products where the CPU has them, numpy's float32 products elsewhere."
     if name not in ("auto", "numpy", "torch"):
         raise ConfigError(f"Unknown backend {name!r}: use auto, numpy or torch.")
@@ -236,8 +236,8 @@ def backend_of(name) -> str:
     return "torch" if fast else "numpy"
 
 # %% ../../nbs/clustering/01_nearest.ipynb #f346e15e
-def int8_products(books):
-    "A function from a block of Rows to (integer products, scale, error); scale and error of the centroids."
+def int8_products(books):  # Codebooks of K centroids in all
+    "A function from n Rows to (n, K) whole products, (n,) scale and error; the centroids' (K,) scale, error."
     import torch
     T, mine = torch.from_numpy(books.rows.quantised).t(), threading.local()
     def products(r):
@@ -247,7 +247,7 @@ def int8_products(books):
         return P.numpy(), r.scale, r.error
     return products, books.rows.scale, books.rows.error
 
-def float32_products(books):
+def float32_products(books):  # Codebooks
     "The same from float32 products, whose error is bounded by the number of roundings."
     T, roundings = books.rows.values.T, np.float32((books.dim + 8) * 2.0**-24 * 1.01)
     def products(r):
@@ -273,7 +273,7 @@ def _full_float32(where):
             if new: matmul.fp32_precision = before
             else: matmul.allow_tf32 = before
 
-def device_products(books, where):
+def device_products(books, where):  # Codebooks; a torch device, such as "cuda:1"
     "`float32_products` that a torch device makes."
     import torch
     roundings = np.float32((books.dim + 8) * 2.0**-24 * 1.01 + 2.0**-20)

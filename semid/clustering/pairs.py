@@ -168,8 +168,14 @@ def _how_many(products, scales, scale, levels, cut):
     return n
 
 @njit(nogil=True, cache=True, fastmath=ANY_ORDER)
-def screen_pairs(products, row, column, ahead, floor):
-    "Places of the pairs in a block whose cosine may reach `floor`: (n, 2); columns < ahead + row only."
+def screen_pairs(
+    products,  # (n, m) from `int_products`: whole numbers
+    row,       # (4, n) float32 of the rows, see `screen_form`
+    column,    # (4, m) float32 of the columns
+    ahead,     # how many columns row 0 is compared with; each row after it with one more
+    floor,     # float32, the least cosine of interest, less `SCREEN_SLACK`
+):             # (h, 2) int32 row and column of each such pair
+    "Places of the pairs in a block whose cosine may reach `floor`; columns < ahead + row only."
     (n, m), width = products.shape, 128
     hits, worst, longest = np.zeros((n, -(-m // width)), np.int32), column[1].max(), column[2].max()
     scales, levels = column[0], column[3]
@@ -273,7 +279,7 @@ def prepare_search(
     probes=2,   # buckets that each row is in
     unit=True,  # centroids are directions; else points among the vectors as they are
     block=2048, # rows looked at together
-    n_threads=None,
+    n_threads=None,  # threads to use; all by default
     folder=None,  # where to keep what is large; in memory by default
 ) -> Prepared:
     "Sort vectors into buckets."

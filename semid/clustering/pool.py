@@ -35,7 +35,12 @@ class _OneProcess:
     def close(self): pass
 
 # %% ../../nbs/clustering/10_pool.ipynb #b8fa34b1
-def start_ray(n_workers, n_threads, address, store_bytes):
+def start_ray(
+    n_workers,    # how many workers a local cluster has room for
+    n_threads,    # of a worker
+    address,      # of a cluster, such as "auto"; a local one is started when None
+    store_bytes,  # of the object store of a local one
+):                # the module ray, bool
     "Join a cluster, or start a small local one; returns ray, and whether it is ours to shut down."
     try: import ray
     except ImportError:

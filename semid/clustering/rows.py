@@ -63,7 +63,12 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 # %% ../../nbs/clustering/00_rows.ipynb #fef26b90
-def over_blocks(work, n, n_threads=None, block=1024):
+def over_blocks(
+    work,            # slice -> anything
+    n,               # how many rows there are
+    n_threads=None,  # threads to use; all by default
+    block=1024,      # rows of a block at most
+):                   # a list of what `work` returned
     "Call `work(slice)` on every block of `n` rows, on `n_threads` threads; results in the blocks' order."
     slices = [slice(i, min(i + block, n)) for i in range(0, n, block)]
     if not slices or threading.current_thread().name.startswith(_OURS): return [work(s) for s in slices]

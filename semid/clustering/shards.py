@@ -103,7 +103,10 @@ def what_changed(
 
 # %% ../../nbs/clustering/09_shards.ipynb #bd42697a
 @contextmanager
-def fetched(sources, folder):
+def fetched(
+    sources,  # list of Source, all local or all remote
+    folder,   # Path where the copies go; removed afterwards
+):            # yields a list of paths, in the same order
     "Local paths of the sources; remote ones are copied, and removed afterwards."
     if sources[0].store is None:
         yield [s.path for s in sources]
@@ -144,7 +147,10 @@ class Stage:
             "marks": self.marks, "options": self.options, **ranges})
 
     @classmethod
-    def open(cls, folder) -> "Stage":
+    def open(
+        cls,
+        folder,  # where `save` wrote the manifest
+    ) -> "Stage":
         "A stage that is there."
         import json
         path = Path(folder) / "manifest.json"
@@ -192,7 +198,9 @@ def _write_shard(stage, ids, X):
 # %% ../../nbs/clustering/09_shards.ipynb #6a1c4cb8
 _OURS = re.compile(r"\.?(manifest\.json|(values|ids|int8|bounds)_\d+)(\..*)?|fetched")
 
-def remove_stage(folder):
+def remove_stage(
+    folder,  # Path, there or not
+):
     "Remove a stage; a folder that holds anything else is left alone."
     if not folder.exists(): return
     if other := next((p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)), None):
@@ -257,13 +265,20 @@ def converted(
         else: torch.from_numpy(block).copy_(torch.from_numpy(raw[s]))  # several times faster for float16
         yield s, np.ldexp(block, -power, out=block) if power else block
 
-def shard_blocks(stage, shard):
+def shard_blocks(
+    stage,  # a Stage
+    shard,  # its number
+):          # yields (slice, (m, D) float32)
     "The rows of a shard as (slice, values), valid until the next."
     raw = mapped(stage, "values", shard, stage.dtype)
     if raw.dtype == np.float32 and not stage.power: yield slice(0, len(raw)), raw
     else: yield from converted(raw, stage.power)
 
-def quantised_blocks(stage, shard, shift):
+def quantised_blocks(
+    stage,  # a Stage
+    shard,  # its number
+    shift,  # (D,) float32, as `quantise_shard` was given it
+):          # yields (slice, Rows)
     "The rows of a shard as (slice, Rows), valid until the next."
     small = mapped(stage, "int8", shard, np.int8)
     scale, error, norm = np.load(stage.path("bounds", shard), allow_pickle=False)

@@ -35,11 +35,19 @@ class _Quantise:
     def result(self): return self.sums
 
 # %% ../../nbs/clustering/11_staged.ipynb #75e546c6
-def iteration_file(folder, iteration, shard, kind):
+def iteration_file(
+    folder,     # where labels go
+    iteration,  # its number, from 0
+    shard,      # its number
+    kind,       # "assignments", "ids" or "distances"
+):              # Path
     "Where the assignments, ids or distances of a shard are after an iteration."
     return Path(folder) / f"iter_{iteration}_shard_{shard}_{kind}.npy"
 
-def save_array(path, array):
+def save_array(
+    path,   # the file; missing parent folders are made
+    array,  # of anything but objects
+):
     "Write an array as .npy, whole or not at all."
     with atomic_path(path) as tmp, open(tmp, "wb") as file: np.save(file, array, allow_pickle=False)
 
@@ -169,7 +177,9 @@ def _remove_folder(folder):
     for path in [*folder.glob("centroids.npy"), *folder.glob(".centroids.npy.*.tmp")]: path.unlink()
     if not any(folder.iterdir()): folder.rmdir()
 
-def iteration_files(folder):
+def iteration_files(
+    folder,  # Path where labels go
+):           # yields (int, Path)
     "All that iterations left in a folder, as (iteration, path)."
     for path in [*folder.glob("iter_*"), *folder.glob(".iter_*")]:
         name = _ITERATION.fullmatch(path.name)
@@ -250,14 +260,22 @@ class StagedRows(Clustered):
         ends = np.cumsum([len(which) for which in wanted])[:-1]
         return np.split(self.take(np.concatenate([n for each in numbers for n in each])), ends)
 
-    def measure(self, centroids, iteration):
+    def measure(
+        self,
+        centroids,  # (K, D) float32, scaled as the rows are
+        iteration,  # whose labels count
+    ):              # float, of the scaled rows
         "Write the distances of an iteration; returns its exact inertia."
         steps = gap_steps(self.survey, centroids)
         parts = self._run("measure", centroids=centroids, steps=steps, iteration=iteration)
         return total_of(sum(parts), steps)
 
-    def less(self, centroids, folder):
-        "A stage of what the centroids (K, D), not scaled, leave of the rows."
+    def less(
+        self,
+        centroids,  # (K, D) float32, not scaled
+        folder,     # Path of the new stage, which must not be there
+    ):              # a Stage of float32 rows
+        "A stage of what the centroids of the present labels leave of the rows."
         folder.mkdir(parents=True)
         survey = reduce(or_, self._run("subtract", centroids=centroids, to=str(folder.resolve())))
         left = replace(self.stage, folder=folder, dtype="float32", survey=survey)

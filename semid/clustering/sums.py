@@ -23,8 +23,12 @@ class Survey:
     low: np.ndarray   # (D,) the least value of each column
     high: np.ndarray  # (D,) the largest
     @classmethod
-    def of(cls, X, n_threads=None) -> "Survey":
-        "The survey of the rows of X (N, D)."
+    def of(
+        cls,
+        X,               # (N, D) floats
+        n_threads=None,  # threads to use; all by default
+    ) -> "Survey":
+        "The survey of the rows of X."
         parts = over_blocks(lambda s: (X[s].min(0), X[s].max(0)), len(X), n_threads, 8192)
         low, high = (np.stack(v) for v in zip(*parts))
         return cls(len(X), low.min(0), high.max(0))
@@ -37,7 +41,11 @@ class Survey:
         "Values are divided by 2 to this power, to bring very large or small ones near 1; mostly 0."
         power = int(np.frexp(float(self.largest.max()))[1])
         return power if abs(power) > 40 else 0
-    def scaled(self, power) -> "Survey":
+    def scaled(
+        self,
+        power,  # values are divided by 2 to this power
+    ) -> "Survey":
+        "The survey of the rows, scaled."
         return Survey(self.n, np.ldexp(self.low, -power), np.ldexp(self.high, -power))
 
 # %% ../../nbs/clustering/02_sums.ipynb #93215f8e
@@ -94,7 +102,11 @@ class ClusterSums:
         survey = survey or Survey.of(X, n_threads)  # of these rows, or of more that these are a part of
         self.steps = sum_steps(survey.n, survey.largest)
         self.sums, self.old = np.zeros((n_clusters, 2, X.shape[1])), np.full(len(X), -1, np.int32)
-    def follow(self, labels):
+    def follow(
+        self,
+        labels,  # (N,) int32 clusters
+    ):           # itself
+        "Bring the sums up to date with new labels."
         moved = np.flatnonzero(labels != self.old)
         n_parts = self.n_threads if len(moved) > 8 * len(self.sums) else 1
         parts = [self.sums, *(np.zeros_like(self.sums) for _ in range(n_parts - 1))]
@@ -104,7 +116,12 @@ class ClusterSums:
         for part in parts[1:]: self.sums += part
         self.old = labels
         return self
-    def means(self, counts): return means_of(self.sums, counts, self.steps)
+    def means(
+        self,
+        counts,  # (K,) rows of each cluster
+    ):           # (K, D) float64
+        "Means of the clusters, from the sums as they are."
+        return means_of(self.sums, counts, self.steps)
 
 # %% ../../nbs/clustering/02_sums.ipynb #6a9a817a
 @njit(nogil=True, cache=True)
@@ -160,8 +177,11 @@ def exact_sum(
     coarse = np.rint(values * steps[0])
     return np.array([coarse.sum(), np.rint((values - coarse / steps[0]) * steps[1]).sum()])
 
-def total_of(sums, steps):
-    "The number that coarse and fine sums, (2,), stand for."
+def total_of(
+    sums,   # (2,) from `exact_sum`
+    steps,  # (2,) from `gap_steps`
+):          # float
+    "The number that coarse and fine sums stand for."
     return float(sums[0] / steps[0] + sums[1] / steps[1])
 
 @njit(nogil=True, cache=True)

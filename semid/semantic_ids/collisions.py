@@ -14,7 +14,9 @@ import numpy as np
 from ..config import DataError, ShapeMismatchError
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #a71b182f
-def as_codes(codes):
+def as_codes(
+    codes,  # codes, (N, L) integers
+):          # (N, L), of the type that it has
     "`codes` as an (N, L) integer array."
     codes = np.asarray(codes)
     if codes.ndim != 2 or 0 in codes.shape:
@@ -23,7 +25,10 @@ def as_codes(codes):
         raise DataError(f"Codes must be integers, got {codes.dtype}: give what `encode` returned.")
     return codes
 
-def as_vectors(x, name="X"):
+def as_vectors(
+    x,         # vectors, (N, D) numbers
+    name="X",  # what errors call it
+):             # (N, D) float32 or float64
     "`x` as a contiguous (N, D) array of finite float32 or float64."
     x = np.asarray(x)
     if x.ndim != 2 or 0 in x.shape:
@@ -34,7 +39,10 @@ def as_vectors(x, name="X"):
     return np.ascontiguousarray(x)
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #61bdd52d
-def as_pair(x, codes):
+def as_pair(
+    x,      # vectors, (N, D) numbers
+    codes,  # their codes, (N, L) integers
+):          # both, as `as_vectors` and `as_codes` return them
     "Vectors and codes of the same items."
     x, codes = as_vectors(x), as_codes(codes)
     if len(x) != len(codes):
@@ -42,7 +50,9 @@ def as_pair(x, codes):
     return x, codes
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #26c19180
-def prefix_keys(codes):
+def prefix_keys(
+    codes,  # codes, an (N, L) integer array
+):          # yields L times (N,) int64
     "For each prefix length 1..L, one int64 an item: equal where the prefixes are equal."
     key, top = np.zeros(len(codes), np.int64), 1
     for column in codes.T:
@@ -53,7 +63,9 @@ def prefix_keys(codes):
         key, top = key * size + column, top * size
         yield key
 
-def bucket_sizes(codes):
+def bucket_sizes(
+    codes,  # codes, (N, L) integers
+):          # L arrays of counts, which add up to N
     "For each prefix length, how many items hold each prefix that occurs."
     return [np.unique(key, return_counts=True)[1] for key in prefix_keys(as_codes(codes))]
 
@@ -65,7 +77,11 @@ def collision_rate_per_level(
     return [1 - len(sizes) / len(codes) for sizes in bucket_sizes(codes)]
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #1176fc71
-def share_in_collision(sizes): return float(sizes[sizes > 1].sum() / sizes.sum())
+def share_in_collision(
+    sizes,  # items of each code that occurs, (B,)
+):          # share in 0..1
+    "Share of items that have their code with others."
+    return float(sizes[sizes > 1].sum() / sizes.sum())
 
 def items_in_collision_per_level(
     codes,            # codes, (N, L) integers
@@ -101,7 +117,9 @@ def collisions_per_level(
             "largest_bucket": [int(sizes.max()) for sizes in every]}
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #92df86e6
-def gini_of(sizes):
+def gini_of(
+    sizes,  # counts, (B,), not all of them 0
+):          # 0 (all counts are equal) up to almost 1
     "Gini coefficient of counts."
     sizes = np.sort(sizes)
     n = len(sizes)
@@ -123,7 +141,10 @@ def _sizes_of(n_clusters, codes):
         raise ShapeMismatchError(f"n_clusters has {len(sizes)} entries and codes have {n_levels} levels.")
     return sizes
 
-def fitting_sizes(n_clusters, codes):
+def fitting_sizes(
+    n_clusters,  # codebook size, one or one a level; the largest code + 1 when None
+    codes,       # codes, an (N, L) integer array
+):               # L sizes
     "Codebook size of each level, large enough for its codes."
     sizes = _sizes_of(n_clusters, codes)
     for level, (size, low, high) in enumerate(zip(sizes, codes.min(axis=0), codes.max(axis=0))):

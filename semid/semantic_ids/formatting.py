@@ -17,7 +17,9 @@ import pyarrow.compute as pc
 from ..config import ConfigError, DataError, ShapeMismatchError
 
 # %% ../../nbs/semantic_ids/00_formatting.ipynb #568ffbda
-def check_codes(codes):
+def check_codes(
+    codes,  # (N, L) integers from 0; may be empty
+):          # (N, L), of the type that it has
     "`codes` as an integer (N, L) array."
     codes = np.asarray(codes)
     if codes.size == 0 and codes.shape[0] == 0: return np.empty((0, codes.shape[-1] or 1), np.int32)
@@ -48,7 +50,11 @@ def token_vocabulary(
     return list(dict.fromkeys(tokens))
 
 # %% ../../nbs/semantic_ids/00_formatting.ipynb #f59e313b
-def check_format(sep, fmt):
+def check_format(
+    sep,  # between the codes of a plain ID
+    fmt,  # "plain" or "token"
+):
+    "Raise ConfigError if `fmt` is unknown or `sep` is no string."
     if fmt not in ("plain", "token"): raise ConfigError(f"Unknown fmt {fmt!r}: use 'plain' or 'token'.")
     if not isinstance(sep, str): raise ConfigError(f"sep is a string, got {sep!r}.")
 
@@ -106,7 +112,11 @@ def _strings(ids):
     if wrong is not None: raise DataError(f"IDs are strings, got {ids[wrong]!r} in row {wrong}.")
     return ids
 
-def check_separator(sep, fmt):
+def check_separator(
+    sep,  # between the codes of a plain ID
+    fmt,  # "plain" or "token"
+):
+    "Raise ConfigError if IDs that are written like this can't be read back."
     if fmt == "plain" and (not sep or re.search("[0-9]", sep)):
         raise ConfigError(f"IDs joined by sep={sep!r} can't be read back: use a sep without digits.")
 

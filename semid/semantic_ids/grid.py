@@ -137,7 +137,9 @@ def code_fingerprint(
         waiting += _imported(name, ast.parse(text))
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
-def array_fingerprint(X) -> str:
+def array_fingerprint(
+    X,     # array, whose numbers count as float32
+) -> str:  # 64 hexadecimal digits
     "sha256 of an array's shape and numbers."
     digest = hashlib.sha256(repr(X.shape).encode())
     digest.update(np.ascontiguousarray(X, "<f4").data)
@@ -186,7 +188,9 @@ def _remove(folder, unwanted) -> list[str]:
 _SHOWN = ["n_samples", "collision_rate", "items_in_collision", "largest_bucket", "relative_mse", "recall",
           "ndcg", "distance_correlation", "gini"]
 
-def share_of_copies(X) -> float:
+def share_of_copies(
+    X,       # (N, D) vectors
+) -> float:  # share in 0..1
     "Which share of the rows would have to go for all to be different: no code collides less."
     return 1 - len({hashlib.blake2b((row + 0).tobytes(), digest_size=16).digest() for row in X}) / len(X)
 
@@ -331,6 +335,9 @@ def _work(folder, job, items, n_workers, n_threads, address, tick) -> dict[str, 
         stack.callback(pool.close)
         return {name: error for failed in pool.run(job, items, tick=tick) for name, error in failed.items()}
 
-def comparable(X, metric):
+def comparable(
+    X,       # (N, D) vectors
+    metric,  # "l2" or "cosine"
+):           # (N, D)
     "The vectors that codes are compared with: X, or its rows at length 1 for cosine."
     return normalise_rows(X) if metric == "cosine" else np.asarray(X)

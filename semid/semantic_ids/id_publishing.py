@@ -41,7 +41,12 @@ class Version:
     fmt: str
     model: Any = None
     @classmethod
-    def of(cls, database, row, model=None):
+    def of(
+        cls,
+        database,    # a `Database`
+        row,         # of `semid_versions`
+        model=None,  # that it is of, if it is at hand
+    ):               # a version of this class
         "The version in a row of the table."
         sizes = json.loads(row.n_clusters)
         return cls(database, row.version, row.name, row.fingerprint, sizes, row.collisions, row.sep, row.fmt,
@@ -171,9 +176,9 @@ def id_prefix(
 
 # %% ../../nbs/semantic_ids/15_id_publishing.ipynb #812a9224
 def select_ids(
-    version,
+    version,   # a `Version`
     *columns,  # of `IDS`
-):
+):             # a select of SQLAlchemy
     "A question about the IDs of one version."
     return select(*columns).where(IDS.c.version == version.key)
 
@@ -213,7 +218,10 @@ class Batch:
     codes: np.ndarray            # (N, L)
     slots: Any = None            # (N,) where they are settled already
     latents: Any = None          # (N, d) where items may have to move
-    def take(self, rows):
+    def take(
+        self,
+        rows,  # (n,) row numbers
+    ):         # a Batch of n items
         "Some of them."
         slots, latents = (None if a is None else a[rows] for a in (self.slots, self.latents))
         return Batch(self.names.take(rows), self.codes[rows], slots, latents)

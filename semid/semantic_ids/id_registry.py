@@ -287,22 +287,44 @@ class IdRegistry:
         publish(version, batch)
         return version
 
-    def assign(self, items, X, **options) -> list[str]:
+    def assign(
+        self,
+        items,       # N strings or integers, none twice
+        X,           # (N, D) vectors
+        **options,   # of `IdVersion.assign`: device, batch_size, progress
+    ) -> list[str]:  # N IDs
         "`assign` of the current version."
         return self.current.assign(items, X, **options)
-    def get(self, item, default=None):
+    def get(
+        self,
+        item,          # a string or an integer
+        default=None,  # for an item that has no ID
+    ):
         "The ID of an item in the current version."
         return self.current.get(item, default)
-    def ids_of(self, items) -> list[Any]:
-        "The IDs of items in the current version, None for those that have none."
+    def ids_of(
+        self,
+        items,       # N strings or integers
+    ) -> list[Any]:  # N strings, None for an item that has no ID
+        "The IDs of items in the current version."
         return self.current.ids_of(items)
-    def lookup(self, id) -> list[str]:
+    def lookup(
+        self,
+        id,  # "12-5-33" or its codes (12, 5, 33); with a suffix "12-5-33-1" or (12, 5, 33, 1)
+    ) -> list[str]:
         "The items that hold an ID of the current version."
         return self.current.lookup(id)
-    def items_of(self, ids) -> list[list[str]]:
+    def items_of(
+        self,
+        ids,               # M IDs, all as text or all as codes
+    ) -> list[list[str]]:  # M lists
         "The items that hold each of these IDs of the current version."
         return self.current.items_of(ids)
-    def items(self, prefix="", limit=None) -> list[str]:
+    def items(
+        self,
+        prefix="",   # "12-5" or its codes (12, 5); all items when empty
+        limit=None,  # the first so many; all when None
+    ) -> list[str]:
         "The items under a prefix, in the current version."
         return self.current.items(prefix, limit)
     def __len__(self): return len(self.current) if self.versions else 0

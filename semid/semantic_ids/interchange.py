@@ -38,8 +38,8 @@ def tokens_of(
 
 # %% ../../nbs/semantic_ids/17_interchange.ipynb #bfd8ed62
 def index_of(
-    version: IdVersion,
-) -> dict[str, list[str]]:
+    version: IdVersion,     # of a registry
+) -> dict[str, list[str]]:  # item id: a token for each code, and one for a suffix
     "The tokens of each item."
     names, codes, slots = version.rows()
     levels = [[f"<{level_letter(i)}_{code}>" for code in range(k)] for i, k in enumerate(version.n_clusters)]
@@ -157,8 +157,8 @@ def write_parquet(
         format={"sep": version.sep, "fmt": version.fmt})
 
 def to_dataset(
-    version: IdVersion,
-):  # a `datasets.Dataset`
+    version: IdVersion,  # of a registry
+):                       # a `datasets.Dataset`
     "All IDs as a Hugging Face dataset: id, codes, semantic_id, unique_id."
     try: from datasets import Dataset
     except ImportError:

@@ -74,7 +74,11 @@ def relative_mse(
     return error / total
 
 # %% ../../nbs/semantic_ids/06_metrics.ipynb #29845858
-def as_seen(X, encoder, name="X"):
+def as_seen(
+    X,         # vectors, (N, D)
+    encoder,   # what made the codes, or None: its `metric` counts
+    name="X",  # what errors call it
+):             # (N, D) float32 or float64
     "`X` as the encoder sees it: unit rows where its metric is cosine."
     x = as_vectors(X, name)
     if getattr(encoder, "metric", None) != "cosine": return x
@@ -82,11 +86,15 @@ def as_seen(X, encoder, name="X"):
     if zero := (length == 0).sum(): raise DataError(f"{name} has {zero} zero rows, which have no direction.")
     return (x / length[:, None]).astype(np.float32)
 
-def reconstruction_errors(x, codes, encoder):
-    "The two errors of the decoded codes; nothing where the encoder has no `decode`."
+def reconstruction_errors(
+    x,        # vectors as the encoder sees them, (N, D)
+    codes,    # their codes, (N, L) integers
+    encoder,  # what made the codes
+):            # `quantization_mse` and `relative_mse`, or {}
+    "The two errors of the decoded codes; nothing where the encoder can't decode."
     if not hasattr(encoder, "decode"): return {}
     try: x_hat = np.asarray(encoder.decode(codes))
-    except NotImplementedError: return {}
+    except NotImplementedError: return {}  # semantic-id's base encoder raises it where it can't decode
     return {"quantization_mse": _squared_sums(x, x_hat)[0] / x.size, "relative_mse": relative_mse(x, x_hat)}
 
 # %% ../../nbs/semantic_ids/06_metrics.ipynb #f0ac0b76
@@ -100,7 +108,10 @@ def _usage(codes, n_clusters):
             "code_entropy_per_level": code_entropy_per_level(codes),
             "perplexity_per_level": perplexity_per_level(codes), "gini": gini(codes)}
 
-def codebook_sizes(encoder, n_levels):
+def codebook_sizes(
+    encoder,   # what made the codes, or None
+    n_levels,  # L of the codes
+):             # one number, a list of L, or None
     "The encoder's codebook sizes for the first `n_levels`; None where it doesn't say."
     sizes = getattr(encoder, "n_clusters", None) or getattr(encoder, "num_emb_list", None)
     return sizes if sizes is None or np.ndim(sizes) == 0 else list(sizes)[:n_levels]
@@ -118,7 +129,11 @@ def _heldout(X, codes, encoder):
             **reconstruction_errors(x, new, encoder)}
 
 # %% ../../nbs/semantic_ids/06_metrics.ipynb #081e8e4a
-def fitting_codes(near, n_samples, k):
+def fitting_codes(
+    near,       # Neighbours
+    n_samples,  # N of the vectors
+    k,          # neighbours wanted
+):              # `near`
     "`near`, if it was made for `n_samples` vectors and `k`."
     if near.k == k and near.n_samples == n_samples: return near
     made = f"N={near.n_samples}, k={near.k}"

@@ -28,7 +28,11 @@ def hierarchical_distance(
     return same.shape[-1] - np.logical_and.accumulate(same, axis=-1).sum(axis=-1)
 
 # %% ../../nbs/semantic_ids/04_neighbours.ipynb #d3daea48
-def code_distance(a, b, metric):
+def code_distance(
+    a,       # codes, (..., L) integers
+    b,       # codes, (..., L), broadcastable with `a`
+    metric,  # "hierarchical" or "hamming"
+):           # integers 0..L, of the broadcast shape without its last axis
     "Hierarchical or Hamming distance of rows of codes."
     if metric == "hierarchical": return hierarchical_distance(a, b)
     if metric == "hamming": return (a != b).sum(axis=-1)
@@ -173,7 +177,11 @@ def _expected(near, codes, metric):
     totals = [np.bincount(cell, weights, sizes.size).reshape(sizes.shape) for weights in (None, near.gain)]
     return [np.take_along_axis(total / np.maximum(sizes, 1), covers, axis=1) for total in totals]
 
-def scores_of(near, codes, metric="hierarchical"):
+def scores_of(
+    near,                   # Neighbours among N vectors
+    codes,                  # their codes, (N, L) integers
+    metric="hierarchical",  # distance of codes, or "hamming"
+):                          # two numbers in 0..1
     "Mean recall and mean NDCG of `codes` for the queries of `near`."
     hit, gain = _expected(near, codes, metric)
     discount = 1 / np.log2(np.arange(2, near.k + 2))

@@ -14,7 +14,10 @@ from ..config import DataError
 from .collisions import counts_per_level
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #4f0fc1e7
-def records_of(rows, *columns):
+def records_of(
+    rows,      # dicts, or a data frame
+    *columns,  # names; each row must have one value for each
+):             # a list of dicts
     "`rows` as a list of dicts that have all `columns`."
     rows = list(rows.to_dict("records") if hasattr(rows, "to_dict") else rows)
     if not rows: raise DataError("There are no rows to draw.")
@@ -26,7 +29,12 @@ def records_of(rows, *columns):
     return rows
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #8a88f735
-def new_figure(ax, width=6.4, height=4.2, panels=1):
+def new_figure(
+    ax,          # where to draw; None: in a new figure
+    width=6.4,   # of a new figure, in inches
+    height=4.2,  # likewise
+    panels=1,    # how many axes there must be
+):               # the figure, (panels,) axes
     "The figure of `ax`, or a new one, and an array of its axes."
     import matplotlib.pyplot as plt
     if ax is None:
@@ -40,7 +48,12 @@ def _words(column):
     "A column's name as people write it."
     return column.replace("_at_", "@").replace("_", " ").replace("mse", "MSE").replace("ndcg", "NDCG")
 
-def finish_axes(ax, title, xlabel, ylabel):
+def finish_axes(
+    ax,      # what was drawn on
+    title,   # above it, on the left
+    xlabel,  # below it
+    ylabel,  # beside it
+):
     "Words around the axes, and no more lines than are needed."
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left", fontsize=11)

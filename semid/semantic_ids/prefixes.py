@@ -20,7 +20,9 @@ from ..config import DataError, ShapeMismatchError
 from .collisions import as_codes, as_pair, prefix_keys
 
 # %% ../../nbs/semantic_ids/05_prefixes.ipynb #7bebbb4c
-def groups_of(key):
+def groups_of(
+    key,  # (N,) numbers, equal for items of one group
+):        # (N,) item numbers, (G + 1,) places in them
     "Items sorted by `key`, and where each group starts in them, with the end."
     order = np.argsort(key, kind="stable")
     change = np.flatnonzero(np.diff(key[order])) + 1
@@ -165,7 +167,10 @@ def consecutive_pairs(
     inside = ~last[1:-1] if len(rows) else last[:0]
     return np.stack([rows[:-1][inside], rows[1:][inside]], axis=1)
 
-def prefix_rows(items, ids):
+def prefix_rows(
+    items,  # M row numbers, or ids, of any shape or an Arrow array
+    ids,    # ids of the rows, (N,); None: the items are row numbers
+):          # (M,) int64
     "Row numbers of items, given as such or by id."
     items = items if isinstance(items, pa.Array) else pa.array(np.asarray(items).ravel())
     if items.null_count: raise DataError(f"{items.null_count} items of the sequences or pairs are null.")

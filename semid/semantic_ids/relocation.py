@@ -46,13 +46,21 @@ class PlacedItems:
     def __post_init__(self):
         self.sizes = [len(book) for book in self.books]
         self.turned = [np.ascontiguousarray(book.T) for book in self.books]
-    def rest(self, rows, level):
-        "What the levels before `level` left of `rows`, (n, d)."
+    def rest(
+        self,
+        rows,   # (n,) row numbers
+        level,  # from 0
+    ):          # (n, d) float64
+        "What the levels before `level` left of `rows`."
         rest = self.vectors[rows]
         for book, codes in zip(self.books[:level], self.codes[rows].T): rest = rest - book[codes]
         return rest
-    def costs(self, rows, level):
-        "The cost of each code of `level` for `rows`, (n, K)."
+    def costs(
+        self,
+        rows,   # (n,) row numbers
+        level,  # from 0
+    ):          # (n, K) float64: squared distances, prices added
+        "The cost of each code of `level` for `rows`."
         return _distances(self.rest(rows, level), self.turned[level], self.prices[level])
     @cached_property
     def products(self):
@@ -62,20 +70,27 @@ class PlacedItems:
         return lengths[0][:, None] + lengths[1] - gaps
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #827c1d86
-def keys_of(codes, sizes):
-    "(N,) int64: equal for equal rows of codes, and in their order."
+def keys_of(
+    codes,  # (N, l) integers from 0
+    sizes,  # codes of each level, l or more
+):          # (N,) int64
+    "A number for each row of codes: equal for equal rows, and in their order."
     key, most = np.zeros(len(codes), np.int64), 1
     for column, size in zip(codes.T, sizes):
         if most * size >= 2**62: most = len(key := np.unique(key, return_inverse=True)[1].ravel())
         key, most = key * size + column, most * size
     return key
 
-def grouped_by_key(keys):
+def grouped_by_key(
+    keys,  # (N,) integers
+):         # a list of arrays of row numbers
     "The rows of each key, as they stand, the keys in order."
     order = np.argsort(keys, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(keys) else []
 
-def counts_by_key(keys):
+def counts_by_key(
+    keys,  # (N,) integers
+):         # (N,)
     "How many rows have the key of a row."
     _, number, count = np.unique(keys, return_inverse=True, return_counts=True)
     return count[number.ravel()]
@@ -114,8 +129,12 @@ _POLICIES: dict[str, Callable] = {
     "min_cost": lambda costs, codes, room, rng: seat(costs, room), "nearest": _greedy, "random": _by_chance}
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #f7da5842
-def place_items(items, policy, rng=None):
-    "Seat the items of each bucket among its last codes: `policy(costs, codes, room, rng)`."
+def place_items(
+    items,     # PlacedItems; their last codes are changed in place
+    policy,    # costs (n, K), codes (n,), room (K,), rng -> codes (n,)
+    rng=None,  # numpy Generator, for the policy
+):
+    "Seat the items of each bucket among its last codes."
     n, last = len(items.codes), len(items.books) - 1
     keys = keys_of(np.concatenate([items.codes, items.given])[:, :-1], items.sizes)
     mine, order = keys[:n], np.argsort(keys[n:], kind="stable")
@@ -221,7 +240,11 @@ def _spill(items, level, rows, given, places):
     _take(items, np.concatenate(leaving), free)
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #85ad978b
-def checked_codes(codes, sizes, name):
+def checked_codes(
+    codes,  # (N, L) integers; may be empty
+    sizes,  # codes of each of L levels
+    name,   # what errors call them
+):          # (N, L) int64
     "Codes as an (N, L) int64 array within the codebooks."
     codes = check_codes(codes)
     if not len(codes): return np.empty((0, len(sizes)), np.int64)
@@ -232,7 +255,12 @@ def checked_codes(codes, sizes, name):
         raise DataError(f"{name} {codes[row].tolist()} in row {row} are not in codebooks of {sizes} codes.")
     return codes.astype(np.int64)
 
-def checked_latents(codes, latents, codebooks, prices):
+def checked_latents(
+    codes,      # (N, L) integers
+    latents,    # (N, d) what the codebooks quantise
+    codebooks,  # L × (K_l, d)
+    prices,     # L × (K_l,) prices of the codes; None: all 0
+):              # (N, L) int64, (N, d); L × (K_l, d), L × (K_l,)
     "Codes, vectors (float32, without -0.0), codebooks and prices (float64) that fit together."
     books = [as_matrix(book, "codebooks").astype(np.float64) for book in codebooks]
     codes = checked_codes(codes, [len(book) for book in books], "codes")
@@ -245,7 +273,11 @@ def checked_latents(codes, latents, codebooks, prices):
         raise ShapeMismatchError("prices are one array a level, with a price for each code.")
     return codes, vectors, books, [np.asarray(p, np.float64) for p in prices]
 
-def check_policy(policy, capacity):
+def check_policy(
+    policy,    # "min_cost", "nearest" or "random"
+    capacity,  # items that may share a code, from 1
+):
+    "Raise ConfigError if there is no such policy or capacity."
     if policy not in _POLICIES: raise ConfigError(f"Unknown policy {policy!r}: use {', '.join(_POLICIES)}.")
     if capacity != int(capacity) or capacity < 1:
         raise ConfigError(f"capacity is a whole number from 1, not {capacity}.")

@@ -223,7 +223,14 @@ class RQKMeans:
         self._fitted()
         return sum_of_codes(codes, self.codebooks_)
 
-    def semantic_id(self, codes, *, sep="-", fmt="plain", formatter=None) -> list[str]:
+    def semantic_id(
+        self,
+        codes,           # (N, L) integers from 0
+        *,
+        sep="-",         # between the codes of a plain ID
+        fmt="plain",     # "plain": `12-5-33`; "token": `<a_12><b_5><c_33>`
+        formatter=None,  # one row (L,) -> its ID; overrules sep and fmt
+    ) -> list[str]:      # N strings
         "Codes as strings, see `codes_to_ids`."
         return codes_to_ids(codes, sep=sep, fmt=fmt, formatter=formatter)
 
@@ -273,7 +280,10 @@ class RQKMeans:
         for p in self.prices_ or (): digest.update(b"prices" + np.ascontiguousarray(p, "<f8").tobytes())
         return digest.hexdigest()
 
-    def save(self, path):
+    def save(
+        self,
+        path,  # the folder to write
+    ):
         "Write the model to the folder `path`: codebooks.npz, and metadata.json for people."
         self._fitted()
         _save(self, Path(path))

@@ -58,11 +58,17 @@ class MLPLayers(nn.Module):
     def forward(self, x): return self.mlp_layers(x)
 
 # %% ../../nbs/semantic_ids/07_rq_vae_module.ipynb #11d7f792
-def straight_through(x, quantised):
+def straight_through(
+    x,          # (..., D) latents
+    quantised,  # their codes, of the same shape
+):              # of the same shape
     "`quantised`, with the gradient of `x`."
     return x + (quantised - x).detach()
 
-def rotate_to(x, quantised):
+def rotate_to(
+    x,          # (..., D) latents
+    quantised,  # their codes, of the same shape
+):              # of the same shape
     "`quantised`, as a rotated and scaled `x`; straight through where either is zero or they are opposite."
     small, lengths = 1e-12, [v.detach().norm(dim=-1, keepdim=True) for v in (x, quantised)]
     e, q = (v.detach() / length.clamp_min(small) for v, length in zip((x, quantised), lengths))

@@ -17,10 +17,16 @@ from .collisions import perplexity_per_level
 from ..training import learning_rate, shuffled, train
 
 # %% ../../nbs/semantic_ids/08_rq_vae_training.ipynb #5c2ef91e
-def power_of_two(x): return float(2.0 ** np.round(np.log2(x))) if x > 0 else 1.0
+def power_of_two(
+    x,  # a number
+):      # float; 1.0 where x is not above 0
+    "The power of two nearest to a number, by their logarithms."
+    return float(2.0 ** np.round(np.log2(x))) if x > 0 else 1.0
 
-def normalisation(X):
-    "Mean (D,) and scale of vectors."
+def normalisation(
+    X,  # (N, D) floats
+):      # (D,) float32; float, a power of two
+    "Mean and scale of vectors."
     mean = X.mean(0, dtype=np.float64)
     square = np.einsum("ij,ij->", X, X, dtype=np.float64) / X.size - (mean @ mean) / X.shape[1]
     return mean.astype(np.float32), power_of_two(np.sqrt(max(square, 0.0)))

@@ -69,16 +69,26 @@ class CollisionStore(ABC):
         if "next_suffix" in cls.__dict__ and "assign_batch" not in cls.__dict__:
             cls.assign_batch = CollisionStore.assign_batch  # type: ignore[method-assign]
     @abstractmethod
-    def next_suffix(self, key: str) -> int:
+    def next_suffix(
+        self,
+        key: str,  # a semantic ID, or one with a suffix
+    ) -> int:      # from 0
         "How often `key` was asked for before: 0 the first time, then 1, 2, ..."
     @property
     def _memory(self) -> tuple[dict[str, str], Any]:
         "Items and a lock, made on first use: subclasses need no super().__init__()."
         return self.__dict__.setdefault("_item_memory", ({}, threading.RLock()))
-    def get_item(self, item_id: str) -> str | None:
+    def get_item(
+        self,
+        item_id: str,  # the item
+    ) -> str | None:
         "The unique ID of an item, None if it has none."
         return self._memory[0].get(item_id)
-    def set_item(self, item_id: str, unique_id: str) -> None:
+    def set_item(
+        self,
+        item_id: str,    # the item
+        unique_id: str,  # what it was given
+    ) -> None:
         "Remember the unique ID of an item."
         self._memory[0][item_id] = unique_id
     def assign_batch(
@@ -121,8 +131,14 @@ class InMemoryCollisionStore(CollisionStore):
             return n
     def get_item(self, item_id): return self._items.get(item_id)
     def set_item(self, item_id, unique_id): self._items[item_id] = unique_id
-    def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
-        "A unique ID for each of `keys` (N strings): all are taken, or none."
+    def assign_batch(
+        self,
+        keys,            # N semantic IDs
+        sep="-",         # between the semantic ID and its suffix
+        item_ids=None,   # N item IDs
+        numbered=False,  # suffixes are numbers, also where items are known
+    ):                   # N unique IDs
+        "A unique ID for each key: all are taken, or none."
         with self._lock:
             counts, items = _Slip(lambda key: self._counts.get(key, 0)), _Slip(self._items.get)
             unique_ids = _assign(keys, item_ids, counts, items, sep, numbered)
@@ -246,8 +262,14 @@ class SQLiteCollisionStore(CollisionStore):
     def set_item(self, item_id, unique_id):
         "Remember the unique ID of an item."
         with self._begin() as connection: _write_items(connection, {item_id: unique_id})
-    def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
-        "A unique ID for each of `keys` (N strings) in one transaction: all are taken, or none."
+    def assign_batch(
+        self,
+        keys,            # N semantic IDs
+        sep="-",         # between the semantic ID and its suffix
+        item_ids=None,   # N item IDs
+        numbered=False,  # suffixes are numbers, also where items are known
+    ):                   # N unique IDs
+        "A unique ID for each key in one transaction: all are taken, or none."
         with self._begin() as connection:
             counts, items = self._read(connection, keys, item_ids)
             unique_ids = _assign(keys, item_ids, counts, items, sep, numbered)
@@ -283,7 +305,10 @@ def _listed(values, name):
     if isinstance(values, (str, bytes)): raise DataError(f"{name} is a list, got a string: use [{values!r}].")
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
-def check_semantic_ids(semantic_ids):
+def check_semantic_ids(
+    semantic_ids,  # N strings
+):                 # list of N strings
+    "`semantic_ids` as a list of strings."
     keys = _listed(semantic_ids, "semantic_ids")
     if set(map(type, keys)) <= {str}: return keys
     wrong = next((i for i, key in enumerate(keys) if not isinstance(key, str)), None)
@@ -291,7 +316,10 @@ def check_semantic_ids(semantic_ids):
     raise DataError(f"Semantic IDs are strings, got {keys[wrong]!r} in row {wrong}: see codes_to_ids.")
 
 # %% ../../nbs/semantic_ids/10_uniqueness.ipynb #c83849bb
-def check_item_ids(item_ids, n):
+def check_item_ids(
+    item_ids,  # strings or integers
+    n,         # how many there must be
+):             # list of n strings
     "`item_ids` as `n` strings that are not empty."
     items = _listed(item_ids, "item_ids")
     if len(items) != n: raise ShapeMismatchError(f"{len(items)} item_ids for {n} semantic IDs: one each.")
