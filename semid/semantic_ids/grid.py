@@ -107,8 +107,8 @@ def _load_rq_vae(path):
 _RQ_KMEANS = Kind("semid.semantic_ids.rq_kmeans", _fit_rq_kmeans, RQKMeans.load, ("options",))
 _RQ_VAE = "semid.semantic_ids.rq_vae"
 MODELS = {"kmeans": _RQ_KMEANS, "constrained": _RQ_KMEANS,
-          "rq_vae": Kind(_RQ_VAE, _fit_rq_vae, _load_rq_vae, ("rq_vae",)),
-          "rq_kmeans_plus": Kind(_RQ_VAE, _fit_rq_vae, _load_rq_vae, ("options", "rq_vae"))}
+          "rq_vae": Kind(_RQ_VAE, _fit_rq_vae, _load_rq_vae, ("rq_vae", "device")),
+          "rq_kmeans_plus": Kind(_RQ_VAE, _fit_rq_vae, _load_rq_vae, ("options", "rq_vae", "device"))}
 
 # %% ../../nbs/semantic_ids/25_grid.ipynb #b8dc6304
 def _imported(name, tree):
@@ -124,7 +124,7 @@ def _imported(name, tree):
 def code_fingerprint(
     *modules: str,  # full names
 ) -> str:           # 64 hexadecimal digits
-    "sha256 of these modules and of all of semid that they import, comments left out."
+    "sha256 of these modules and of all of semid that they import, without lines of comment."
     found: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
@@ -249,7 +249,7 @@ class GridRun:
         by_error: dict[str, list[str]] = {}
         for name, error in self.failed.items(): by_error.setdefault(error.rstrip("."), []).append(name)
         each = "; ".join(f"{', '.join(names)} ({error})" for error, names in by_error.items())
-        return f"{len(self.failed)} of {total} points failed, all others are kept: {each}."
+        return f"{len(self.failed)} of {total} points failed, all others are done: {each}."
 
 def _cost(point): return [*MODELS].index(point.implementation), point.n_clusters
 
@@ -299,8 +299,9 @@ def run_grid(
     "Fit and measure what is missing of a grid, and keep every point as soon as it is done."
     folder, X = Path(folder).resolve(), as_matrix(X)
     unseen = None if X_heldout is None else as_matrix(X_heldout)
+    where = _device(device, n_workers)
     settings = {"n_levels": int(n_levels), "k": int(k), "metric": metric, "options": options,
-                "rq_vae": rq_vae or {}}
+                "rq_vae": rq_vae or {}, "device": where}
     wanted, run = _wanted(points, X, unseen, settings), GridRun()
     with alone_in(folder):
         names = {point.name for point in points}
@@ -311,7 +312,7 @@ def run_grid(
         missing = sorted((p for p in points if there[p][0] is None), key=_cost, reverse=True)
         if missing:
             seen = comparable(X, metric)
-            job = {"X": X, "heldout": unseen, "device": _device(device, n_workers),
+            job = {"X": X, "heldout": unseen, "device": where,
                    "neighbours": nearest_neighbours(seen, k) if k < len(X) else None,
                    "copies": share_of_copies(seen)}
             bar = tqdm(total=len(points), initial=len(run.found), desc="sweep", unit="point",

@@ -31,7 +31,7 @@ def _mean(values):
 def over_seeds(
     rows,                      # rows of a sweep: dicts or a DataFrame
 ) -> list[dict[str, Any]]:     # a row for each implementation, K, slack and L, with `n_seeds`
-    "Rows that differ only in their seed made into one: means, and `collision_rate_worst`."
+    "Rows that differ only in their seed made into one: means, `collision_rate_worst`, `relative_mse_worst`."
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in records_of(rows, "collision_rate", "relative_mse", "bits"):
         groups.setdefault(_setting(row), []).append(row)
@@ -41,9 +41,10 @@ def over_seeds(
         means = best if len(own) == 1 else {
             name: value if name == "seed" or isinstance(value, str) else _mean([row[name] for row in own])
             for name, value in best.items()}
-        worst = max(row["collision_rate"] for row in own)
+        worst = {f"{name}_worst": max(row[name] for row in own)
+                 for name in ("collision_rate", "relative_mse")}
         merged.append({**means, **dict(zip(_SETTING, setting, strict=True)), "n_seeds": len(own),
-                       "collision_rate_worst": worst})
+                       **worst})
     return merged
 
 # %% ../../nbs/semantic_ids/26_pareto.ipynb #28ba1aba
@@ -166,7 +167,8 @@ def recommend(
     "The fewest bits that keep to the limits; if nothing does, what collides least. With reasons."
     if not len(rows): raise ConfigError("There is no point to choose from: the grid is empty.")
     merged = over_seeds(rows)
-    limits = {"collision_rate_worst": max_collision_rate, "relative_mse": max_relative_mse, "bits": max_bits}
+    limits = {"collision_rate_worst": max_collision_rate, "relative_mse_worst": max_relative_mse,
+              "bits": max_bits}
     good = [row for row in merged if _within(row, limits)]
     best = min(good, key=_rank) if good else min(merged, key=lambda row: (row["collision_rate"], *_rank(row)))
     reasons = [_what(best), _why(best, good, merged, limits), *_floor(best), *_beaten(best, merged),
@@ -188,7 +190,7 @@ def _what(best):
 def _limits(limits):
     "The limits in words."
     words = {"collision_rate_worst": lambda v: f"a collision rate of at most {_percent(v)}",
-             "relative_mse": lambda v: f"a relative MSE of at most {v:g}",
+             "relative_mse_worst": lambda v: f"a relative MSE of at most {v:g}",
              "bits": lambda v: f"at most {v:g} bits"}
     return " and ".join(words[name](most) for name, most in limits.items() if most is not None) or "no limits"
 

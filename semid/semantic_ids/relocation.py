@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numba import njit
 
+from ..clustering.kmeans import check_whole
 from ..config import ConfigError, DataError, ShapeMismatchError
 from ..clustering.rows import as_matrix, check_finite
 from .formatting import check_codes
@@ -97,8 +98,9 @@ def counts_by_key(
 
 def _rank(keys):
     "How many rows before it have the key of a row."
-    rank = np.empty(len(keys), np.int64)
-    for rows in grouped_by_key(keys): rank[rows] = np.arange(len(rows))
+    order, rank = np.argsort(keys, kind="stable"), np.empty(len(keys), np.int64)
+    new = np.diff(keys[order], prepend=-1) != 0  # keys are never negative
+    rank[order] = np.arange(len(keys)) - np.flatnonzero(new)[np.cumsum(new) - 1]
     return rank
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #22d54550
@@ -279,8 +281,7 @@ def check_policy(
 ):
     "Raise ConfigError if there is no such policy or capacity."
     if policy not in _POLICIES: raise ConfigError(f"Unknown policy {policy!r}: use {', '.join(_POLICIES)}.")
-    if capacity != int(capacity) or capacity < 1:
-        raise ConfigError(f"capacity is a whole number from 1, not {capacity}.")
+    check_whole(1, capacity=capacity)
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #b85c1643
 def _in_crowded_buckets(codes, given, sizes, capacity):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..clustering.kmeans import check_number, check_whole
 from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchError, atomic_path
 from .formatting import codes_to_ids
 from semid.semantic_ids.relocation import (
@@ -30,6 +31,7 @@ class _CodeResolver(BaseResolver):
     def __init__(self):
         self._lock = threading.RLock()
         self._codes = np.empty((0, 0), np.int32)  # all that were given out, (M, L)
+        self._model: str | None = None            # fingerprint of the model whose codes these are
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in self._settings)})"
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != "_lock"}
@@ -68,7 +70,13 @@ class _CodeResolver(BaseResolver):
             if len(self._codes) and self._codes.shape[1] != np.shape(codes)[1]:
                 raise DataError(f"The IDs given out so far have {self._codes.shape[1]} levels, these "
                                 f"{np.shape(codes)[1]}: use a new resolver for a new model.")
-            return self._assign(np.asarray(codes), np.asarray(model.latents(embeddings)), model, names, write)
+            mark = model.fingerprint() if hasattr(model, "fingerprint") else None
+            if len(self._codes) and mark != self._model:
+                raise DataError("The IDs given out so far are of another model: use a new resolver for a new "
+                                "model.")
+            ids = self._assign(np.asarray(codes), np.asarray(model.latents(embeddings)), model, names, write)
+            self._model = mark
+            return ids
     @abstractmethod
     def _assign(self, codes, latents, model, names, write) -> list[str]: "The IDs, one a row."
     def _new(self, names, known, n):
@@ -83,7 +91,8 @@ class _CodeResolver(BaseResolver):
 def _save_resolver(resolver, folder):
     with resolver._lock:
         settings = {name: getattr(resolver, name) for name in resolver._settings}
-        text = json.dumps({"type": type(resolver).__name__, "settings": settings, **resolver._memory()})
+        text = json.dumps({"type": type(resolver).__name__, "settings": settings, "model": resolver._model,
+                           **resolver._memory()})
         with atomic_path(Path(folder) / "resolver.npz") as temporary, open(temporary, "wb") as f:
             np.savez(f, codes=resolver._codes, memory=np.frombuffer(text.encode(), np.uint8))
 
@@ -98,7 +107,7 @@ def _load_resolver(cls, folder):
         fine = codes.dtype == np.int32 and codes.ndim == 2 and codes.min(initial=0) >= 0
         if not fine: raise ValueError("it holds no codes")
         resolver = cls(**{name: memory["settings"][name] for name in cls._settings})
-        resolver._codes = codes
+        resolver._codes, resolver._model = codes, memory["model"]
         resolver._remember(memory)
     except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile,
             zlib.error, RuntimeError) as e:
@@ -129,7 +138,8 @@ class RelocationResolver(_CodeResolver):
     ):
         super().__init__()
         check_policy(policy, capacity)
-        self.policy, self.capacity, self.random_state = policy, int(capacity), random_state
+        check_whole(0, random_state=random_state)
+        self.policy, self.capacity, self.random_state = policy, int(capacity), int(random_state)
         self._rows: dict[str, int] = {}  # the row of each item in `_codes`
 
     def _assign(self, codes, latents, model, names, write):
@@ -138,8 +148,8 @@ class RelocationResolver(_CodeResolver):
                          getattr(model, "prices_", None), self.random_state)
         given, first = self._given(codes), len(self._codes)
         rows = {} if names is None else {names[i]: first + at for at, i in enumerate(new)}
-        known = {**self._rows, **rows} if names else {}
-        at = np.arange(first, len(given)) if names is None else [known[name] for name in names]
+        row = lambda name: rows[name] if name in rows else self._rows[name]
+        at = np.arange(first, len(given)) if names is None else [row(name) for name in names]
         _check_texts(write, given)
         texts = write(given[at])
         self._codes = given
@@ -194,11 +204,12 @@ class SinkhornResolver(_CodeResolver):
         fallback_suffix=True,  # a suffix for what is still in collision
     ):
         super().__init__()
+        check_whole(0, max_iterations=max_iterations)
+        if sk_epsilon is not None:
+            check_number(lambda x: 0 < x < math.inf, "a number above 0", sk_epsilon=sk_epsilon)
         self.max_iterations, self.fallback_suffix = int(max_iterations), bool(fallback_suffix)
         self.sk_epsilon = 0.003 if sk_epsilon is None else float(sk_epsilon)
         self._suffixes = UniqueIdResolver()  # knows all IDs and items
-        if self.max_iterations < 0 or not 0 < self.sk_epsilon < math.inf:
-            raise ConfigError("max_iterations is at least 0, and sk_epsilon above 0.")
 
     def _assign(self, codes, latents, model, names, write):
         new = self._new(names, self._suffixes.store._items, len(codes))

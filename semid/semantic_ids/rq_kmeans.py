@@ -75,15 +75,13 @@ class RQKMeans:
         each = [operator.index(k) for k in each]
         if len(each) != n_levels:
             raise ShapeMismatchError(f"len(n_clusters) {len(each)} must match n_levels {n_levels}.")
-        if n_levels < 1 or min(each) < 1: raise ConfigError("n_levels and n_clusters must be at least 1.")
         if metric not in ("l2", "cosine"): raise ConfigError(f"Unknown metric {metric!r}: use l2 or cosine.")
         if implementation not in ("kmeans", "constrained"):
             raise ConfigError(f"Unknown implementation {implementation!r}: use kmeans or constrained.")
         if solver not in ("exact", "k-means-constrained"):
             raise ConfigError(f"Unknown solver {solver!r}: use exact or k-means-constrained.")
-        if not 0 <= slack < np.inf: raise ConfigError(f"slack must be a share from 0, not {slack}.")
-        if max_iter < 1 or (n_init is not None and n_init < 1) or tol < 0:
-            raise ConfigError("max_iter and n_init must be at least 1, and tol at least 0.")
+        check_number(lambda x: 0 <= x < np.inf, "a share from 0", slack=slack)
+        if n_init is not None: check_whole(1, n_init=n_init)
         self.n_levels, self.n_clusters, self.metric = n_levels, each, metric
         self.implementation, self.max_iter, self.tol = implementation, int(max_iter), float(tol)
         self.verbose, self.n_init = verbose, None if n_init is None else int(n_init)

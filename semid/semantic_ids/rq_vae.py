@@ -149,6 +149,15 @@ class RQVAE:
             raise ConfigError(f"Unknown best_by {best_by!r}: use relative_mse, collision_rate or loss.")
         check_whole(0, epochs=epochs, warmup_epochs=warmup_epochs, kmeans_iters=kmeans_iters,
                     sk_iters=sk_iters)
+        check_whole(1, in_dim=in_dim, e_dim=e_dim, batch_size=batch_size, lr_step_size=lr_step_size)
+        lists = dict(num_emb_list=num_emb_list, layers=layers, sk_epsilons=sk_epsilons)
+        for name, values in lists.items():
+            if values is not None and not np.iterable(values): raise ConfigError(f"{name} must be a list.")
+        for name in ("num_emb_list", "layers"):
+            for value in () if lists[name] is None else lists[name]: check_whole(1, **{name: value})
+        check_number(lambda x: 0 < x < np.inf, "a number above 0", lr_gamma=lr_gamma)
+        if restart_below is not None:
+            check_number(lambda x: 0 <= x < np.inf, "a share from 0", restart_below=restart_below)
         check_number(lambda x: 0 <= x < np.inf, "a number from 0", lr=lr, weight_decay=weight_decay,
                      beta=beta, quant_loss_weight=quant_loss_weight)
         check_number(lambda x: 0 <= x < 1, "a share from 0 to below 1", dropout_prob=dropout_prob)
@@ -159,10 +168,7 @@ class RQVAE:
         self.in_dim, self.e_dim = operator.index(in_dim), operator.index(e_dim)
         self.num_emb_list = [256] * 4 if num_emb_list is None else [operator.index(k) for k in num_emb_list]
         self.layers = [512, 256, 128] if layers is None else [operator.index(w) for w in layers]
-        sizes = [self.in_dim, self.e_dim, batch_size, lr_step_size, *self.layers, *self.num_emb_list]
-        if min(sizes) < 1 or not self.num_emb_list:
-            raise ConfigError("in_dim, e_dim, batch_size, lr_step_size, layers and num_emb_list must be at "
-                              "least 1.")
+        if not self.num_emb_list: raise ConfigError("num_emb_list must have a number for each level.")
         self.dropout_prob, self.lr, self.weight_decay = float(dropout_prob), float(lr), float(weight_decay)
         self.quant_loss_weight, self.beta = float(quant_loss_weight), float(beta)
         self.lr_gamma = float(lr_gamma)
@@ -178,7 +184,7 @@ class RQVAE:
         self.random_state = None if random_state is None else operator.index(random_state)
         self._seed = int(np.random.default_rng(self.random_state).integers(2**53))
         self.history_: dict[str, list] = {}
-        self.best_epoch_: int | None = None  # counted from 1; 0 is what RQ-KMeans+ started from
+        self.best_epoch_: int | None = None  # counted from 1; 0 is what training started from
         self.mean_, self.scale_, self._is_fitted = np.zeros(self.in_dim, np.float32), 1.0, False
         self.prices_ = None  # as balanced codebooks of RQKMeans have
         self.n_threads = None  # that decide codes; all of them by default
@@ -244,7 +250,7 @@ class RQVAE:
         new.residual = new.module.residual
         if pretrained_codebook_path is not None:
             from semid.semantic_ids.rq_vae_module import read_codebooks
-            new._start_from(read_codebooks(pretrained_codebook_path))
+            new._start_from(read_codebooks(pretrained_codebook_path, self.metric))
         elif not self._is_fitted and not new.residual: new.mean_, new.scale_ = normalisation(X)
         if resume and checkpoint and self.random_state is None and Path(checkpoint).exists():
             new._seed = seed_of(checkpoint)

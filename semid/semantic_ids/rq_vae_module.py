@@ -8,7 +8,7 @@ __all__ = ['activation_layer', 'MLPLayers', 'straight_through', 'rotate_to', 'si
            'read_codebooks', 'start_from', 'apply_rqkmeans_plus_strategy']
 
 # %% ../../nbs/semantic_ids/07_rq_vae_module.ipynb #be9c886f
-import math
+import json, math
 from typing import Any
 
 import numpy as np
@@ -300,18 +300,22 @@ class RQVAEModule(nn.Module):
 # %% ../../nbs/semantic_ids/07_rq_vae_module.ipynb #e9f1f184
 def read_codebooks(
     path,                # codebooks.npz of a saved RQKMeans
+    metric="l2",         # what it must have been fitted with, where the file says so
 ) -> list[np.ndarray]:   # (K_l, D) float32 of each level
     "The codebooks in a file; ModelFormatError if it holds none, or is damaged or pickled."
     try:
         with np.load(path, allow_pickle=False) as file:
             levels = range(sum(name.startswith("codebook_") for name in file.files))
             codebooks = [file[f"codebook_{level}"].astype(np.float32) for level in levels]
+            about = json.loads(file["metadata"].tobytes()) if "metadata" in file.files else {}
+            other = about.get("metric", metric)
         if not codebooks: raise ValueError("there are none")
         if not all(np.isfinite(C).all() for C in codebooks): raise ValueError("NaN or Inf")
     except FileNotFoundError: raise
     except Exception as e:  # zipfile, zlib and numpy have many of their own
         raise ModelFormatError(f"{path} can't be read as codebooks ({e}): give the codebooks.npz of a saved "
                                "RQKMeans.") from None
+    if other != metric: raise ConfigError(f"{path} was fitted with metric={other!r}: give RQVAE the same.")
     return codebooks
 
 def start_from(

@@ -152,6 +152,6 @@ def fit_network(
         module, objective, batches, model.epochs, optimizer, rate=rate,
         evaluate=lambda: _evaluate(model, map(rows_at, parts), whole), after_epoch=after_epoch,
         best_by=model.best_by,
-        keep_start=model.residual and model.best_by != "loss", patience=model.patience, seed=model._seed,
+        keep_start=model._is_fitted and model.best_by != "loss", patience=model.patience, seed=model._seed,
         checkpoint=checkpoint, resume=resume, log=log, progress="RQ-VAE fit" if model.verbose else None,
         about=about | {"data": hashlib.sha256(X).hexdigest()})

@@ -35,14 +35,18 @@ def sweep(
     output_dir=None,           # where points are kept; a temporary folder by default
     **options,                 # of `run_grid` (k, metric, n_workers, device, rq_vae, …) and of RQKMeans
 ):                             # pandas DataFrame, a row for each point and length
-    "Fit a grid of models and report every length of each; SemidError, with their names, if points failed."
+    "Fit a grid and report every length of each model; if points failed SemidError, with the others' `rows`."
     import pandas as pd
     points = grid_points(*map(_several, (implementation, n_clusters, slack, seed)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output_dir or temporary) / "points"
         run = run_grid(points, X, folder, X_heldout, n_levels, **options)
-    if run.failed: raise SemidError(run.trouble())
-    return pd.DataFrame(run.rows)
+    table = pd.DataFrame(run.rows)
+    if run.failed:
+        error: Any = SemidError(run.trouble())
+        error.rows = table  # of the points that are done
+        raise error
+    return table
 
 # %% ../../nbs/semantic_ids/27_sweep.ipynb #497164f0
 def write_table(
