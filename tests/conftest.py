@@ -1,8 +1,10 @@
 "What several tests share."
-import os, subprocess, sys, tarfile
+import subprocess, sys, tarfile
 
 import numpy as np
 import pytest
+
+from semid.clustering.pool import start_ray
 
 SDIST = "semantic-id==0.2.5"
 
@@ -10,10 +12,8 @@ SDIST = "semantic-id==0.2.5"
 @pytest.fixture(scope="session")
 def local_ray():
     "One small Ray for all tests that use it."
-    ray = pytest.importorskip("ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**28,
-             log_to_driver=False, logging_level=40)
+    pytest.importorskip("ray")
+    ray, _ = start_ray(2, 1, None, 2**28)
     yield ray
     ray.shutdown()
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from semid import RQKMeans, SemanticIdEngine
-from semid.config import DataError, ModelFormatError, root
+from semid.config import ConfigError, DataError, ModelFormatError, root
 from semid.semantic_ids.formatting import codes_to_ids
 from semid.semantic_ids.relocation import relocate
 from semid.semantic_ids.resolvers import RelocationResolver, SinkhornResolver
@@ -253,6 +253,35 @@ def test_a_batch_that_fails_takes_nothing():
     with pytest.raises(DataError, match="64 places"): engine.unique_ids(X[:5], item_ids=range(100, 105))
     assert len(engine.unique_resolver._codes) == len(engine.unique_resolver._rows) == 60
     assert len({*engine.unique_ids(X[:4], item_ids=range(100, 104))}) == 4
+
+
+@pytest.mark.parametrize("make", RESOLVERS)
+def test_a_resolver_serves_one_model(make, tmp_path):
+    X = np.random.default_rng(4).normal(size=(60, 4)).astype(np.float32)
+    engine, other = SemanticIdEngine(MODEL, make()), RQKMeans(2, 8, random_state=1).fit(X)
+    engine.unique_ids(X[:20])
+    engine.save(tmp_path / "engine")
+    for resolver in (engine.unique_resolver, SemanticIdEngine.load(tmp_path / "engine").unique_resolver):
+        with pytest.raises(DataError, match="of another model"):
+            SemanticIdEngine(other, resolver).unique_ids(X[20:])
+        assert len({*SemanticIdEngine(MODEL, resolver).unique_ids(X[20:25])}) > 1
+
+
+@pytest.mark.parametrize("make", [
+    lambda: RelocationResolver(capacity=None), lambda: RelocationResolver(capacity=np.nan),
+    lambda: RelocationResolver(capacity=0), lambda: RelocationResolver(random_state=-1),
+    lambda: RelocationResolver(random_state="a"), lambda: RelocationResolver("best"),
+    lambda: SinkhornResolver(max_iterations=None), lambda: SinkhornResolver(sk_epsilon="a"),
+    lambda: SinkhornResolver(sk_epsilon=0)])
+def test_settings_that_make_no_sense(make):
+    with pytest.raises(ConfigError): make()
+
+
+def test_a_seed_of_numpy_is_saved_too(tmp_path):
+    engine = SemanticIdEngine(MODEL, RelocationResolver("random", random_state=np.int64(3)))
+    engine.unique_ids(np.zeros((4, 4), np.float32))
+    engine.save(tmp_path / "engine")
+    assert SemanticIdEngine.load(tmp_path / "engine").unique_resolver.random_state == 3
 
 
 @pytest.mark.parametrize("resolver", [RelocationResolver(), SinkhornResolver()])

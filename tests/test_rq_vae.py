@@ -314,7 +314,10 @@ def test_a_checkpoint_of_another_start_is_refused(tmp_path, kmeans):
 
 @pytest.mark.parametrize("wrong", [
     dict(epochs=-1), dict(warmup_epochs=-1), dict(lr=-1), dict(weight_decay="a"), dict(dropout_prob=2),
-    dict(random_state=-1), dict(patience=0), dict(sk_epsilons=[np.nan]), dict(kmeans_iters=-5)])
+    dict(random_state=-1), dict(patience=0), dict(sk_epsilons=[np.nan]), dict(kmeans_iters=-5),
+    dict(batch_size=2.5), dict(batch_size="a"), dict(layers=5), dict(layers=[1.5]), dict(sk_epsilons=0.01),
+    dict(lr_gamma="x"), dict(lr_gamma=-3), dict(restart_below="a"), dict(restart_below=np.nan),
+    dict(e_dim=0)])
 def test_settings_that_make_no_sense_are_named(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))): RQVAE(12, [8, 6], **wrong)
 
@@ -336,6 +339,25 @@ def test_the_three_ways_to_rq_kmeans_plus(tmp_path, kmeans):
     three.fit(X).save(tmp_path / "three")
     assert three.residual and three.score(X)["relative_mse"] <= kmeans.score(X)["relative_mse"] * (1 + 1e-6)
     assert (RQVAE.load(tmp_path / "three").encode(X) == three.encode(X)).all()
+
+
+def test_codebooks_of_another_metric_are_refused(tmp_path):
+    cosine = RQKMeans(2, [8, 6], metric="cosine", random_state=0).fit(X)
+    cosine.save(tmp_path)
+    shape = dict(in_dim=12, num_emb_list=[8, 6], e_dim=12, layers=[16], epochs=1, random_state=0)
+    with pytest.raises(ConfigError, match="cosine"):
+        RQVAE(**shape).fit(X, pretrained_codebook_path=tmp_path / "codebooks.npz")
+    same = RQVAE(**shape, metric="cosine").fit(X, pretrained_codebook_path=tmp_path / "codebooks.npz")
+    assert same.score(X)["relative_mse"] <= cosine.score(X)["relative_mse"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("best_by", ["relative_mse", "collision_rate"])
+def test_a_second_fit_is_never_worse_than_the_first(best_by):
+    m = model(epochs=3, best_by=best_by).fit(X)
+    of = {"relative_mse": lambda: m.score(X)["relative_mse"],
+          "collision_rate": lambda: collision_rate_per_level(m.encode(X))[-1]}[best_by]
+    before, m.lr = of(), 0.5
+    assert m.fit(X) is m and of() <= before * (1 + 1e-6)
 
 
 def test_codebook_files_that_are_none(tmp_path, kmeans):

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semid import RQKMeans, evaluate, write_features
+from semid import RQKMeans, SemidError, evaluate, write_features
 from semid.semantic_ids.grid import code_fingerprint, grid_points, run_grid
 from semid.semantic_ids.lengths import evaluate_lengths
 from semid.semantic_ids.pareto import over_seeds, pareto_front, recommend
+from semid.semantic_ids.sweep import sweep
 
 SEMID = str(Path(sys.executable).with_name("semid"))
 GRID = ["--implementation", "kmeans,constrained", "--n_clusters", "4", "--n-clusters", "8",
@@ -140,6 +141,12 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(X, tmp_path):
     assert (len(fresh.made), fresh.found, fresh.rows) == (2, [], again.rows)
 
 
+def test_the_other_points_of_a_failed_sweep_are_at_hand(X):
+    with pytest.raises(SemidError, match="1 of 2 points failed") as caught:
+        sweep(X, 2, [4, 500], max_iter=5)
+    assert caught.value.rows["n_clusters"].tolist() == [4, 4]
+
+
 def test_two_sweeps_do_not_share_a_folder(X, tmp_path):
     import fcntl
     with open(tmp_path / ".lock", "w") as file:
@@ -198,6 +205,9 @@ def test_nothing_beats_what_is_recommended(rows, limit):
     goals = "bits", "collision_rate", "relative_mse"
     beats = lambda a, b: all(a[g] <= b[g] for g in goals) and any(a[g] < b[g] for g in goals)
     assert all(any(a == b for a in front) != any(beats(a, b) for a in merged) for b in merged)
+    for r in merged: assert r["relative_mse_worst"] >= r["relative_mse"] - 1e-12
+    near = recommend(rows, 1.0, max_relative_mse=limit)
+    assert near.keeps == any(r["relative_mse_worst"] <= limit for r in merged)
     keeping = [r for r in merged if r["collision_rate_worst"] <= limit]
     assert found.keeps == bool(keeping)
     if not keeping: assert found.point["collision_rate"] == min(r["collision_rate"] for r in merged)

@@ -53,11 +53,20 @@ def start_ray(
         if address: ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(address="local", num_cpus=n_workers * n_threads, include_dashboard=False,
-                     object_store_memory=int(store_bytes), **quiet)
+            _start_here(ray, num_cpus=n_workers * n_threads, include_dashboard=False,
+                        object_store_memory=int(store_bytes), **quiet)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ConfigError(f"Ray can't be reached at address={address!r}: {e}") from None
     return ray, True
+
+def _start_here(ray, attempts=4, **options):
+    "A Ray of our own; again if the machine was too busy to start it in Ray's 30 seconds."
+    for _ in range(attempts):
+        try: return ray.init(address="local", **options)
+        except Exception as e:  # Ray has no class for it
+            if "timed out during startup" not in str(e): raise
+            ray.shutdown()
+    raise SemidError(f"Ray did not start in {attempts} attempts: the machine is too busy; use n_workers=0.")
 
 class _RayPool:
     "Does items on Ray actors, whichever die."
