@@ -1,8 +1,11 @@
 "The commands of the clustering room: both spellings, one clear sentence, a run that was killed goes on."
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +92,71 @@ def test_dedup_overwrites_nothing_that_is_not_its_own(tmp_path):
     assert done.returncode == 1 and "can't be read" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_killed_training_goes_on(shards, tmp_path):
-    words = ["kmeans", "train", "--data-urls", f"{shards}/features_*.parquet", "--n-clusters", "60",
-             "--n-workers", "0", "--tol", "0", "--max-iter", "60", "-q"]
-    semid(*words, "--output-dir", "whole", "--model-path", "whole/model", cwd=tmp_path)
-    words += ["--output-dir", "killed", "--model-path", "killed/model"]
-    run = subprocess.Popen([SEMID, *words], cwd=tmp_path, start_new_session=True)
-    while run.poll() is None and not [*(tmp_path / "killed").glob("iter_[3-9]")]: time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+def killed_in_an_iteration(words, cwd, progress):
+    "Start a run of its own process group, and kill them all once three iterations are noted."
+    run = subprocess.Popen([SEMID, *words], cwd=cwd, start_new_session=True, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < until:
+        if progress.exists() and json.loads(progress.read_text())["iteration"] >= 3: break
+        time.sleep(0.01)
+    with suppress(ProcessLookupError): os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    return json.loads(progress.read_text())
+
+
+@pytest.mark.parametrize("n_workers", ["0", "2"])
+def test_a_killed_training_goes_on(tmp_path, n_workers):
+    if n_workers != "0": pytest.importorskip("ray")
+    X = np.random.default_rng(0).random((20_000, 2), np.float32)
+    write_features(tmp_path / "plane.parquet", [f"item-{i}" for i in range(len(X))], X)
+    whole = KMeans(30, tol=0, max_iter=80, random_state=42).fit(X)
+    whole.save(tmp_path / "whole")
+    words = ("kmeans train --data-urls plane.parquet --n-clusters 30 --tol 0 --max-iter 80 --output-dir run "
+             f"--rows-per-shard 9000 --n-workers {n_workers} --model-path model -q").split()
+    path = tmp_path / "run" / "progress.json"
+    progress = killed_in_an_iteration(words, tmp_path, path)
+    assert progress["status"] == "running" and 3 <= progress["iteration"] < whole.n_iter_ - 10
+    assert not (tmp_path / "model").exists()
+    if n_workers == "0": assert "unfinished run" in semid(*words, cwd=tmp_path, check=False).stderr
+    progress["history"][0]["mark"] = "noted before the kill"
+    path.write_text(json.dumps(progress))
     semid(*words, "--resume", cwd=tmp_path)
-    models = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed")]
+    progress = json.loads(path.read_text())
+    assert progress["status"] == "finished" and "mark" in progress["history"][0]  # it did not start anew
+    models = [tmp_path / name / "model.safetensors" for name in ("whole", "model")]
     assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_training_starts_with_what_the_documentation_names(shards, tmp_path):
+    files = [shards / f"features_{n}.parquet" for n in range(3)]
+    semid("kmeans", "train", "--data_urls", files[0], files[1], files[2], "--n_clusters", 4, "--n_workers", 0,
+          "--max_iter", 2, "--output_dir", "./kmeans_training", "-q", cwd=tmp_path)
+    about = json.loads((tmp_path / "models" / "kmeans" / "metadata.json").read_text())
+    assert about["n_samples"] == 6000 and about["n_clusters"] == 4
+
+
+def test_columns_and_tolerance_of_local_training(shards, tmp_path):
+    X = np.load(shards / "features.npy")
+    write_features(tmp_path / "x.parquet", range(len(X)), X, id_column="sku", feature_column="embedding")
+    semid("kmeans", "train-local", "--features-path", "x.parquet", "--id-column", "sku", "--feature-column",
+          "embedding", "--n-clusters", 12, "--tol", 0.01, "--output-path", "model", "-q", cwd=tmp_path)
+    few, many = (KMeans(12, random_state=42, tol=tol).fit(X) for tol in (0.01, 1e-4))
+    about = json.loads((tmp_path / "model" / "metadata.json").read_text())
+    assert about["n_iter"] == few.n_iter_ < many.n_iter_
+    assert KMeansInference(tmp_path / "model").centroids.tobytes() == few.cluster_centers_.tobytes()
+
+
+def test_a_model_without_room_is_refused_before_the_fit(shards, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"weights")
+    for place, says in ("taken", "taken is a file"), ("checkpoint", "no KMeans model"):
+        for words in (["train", "--data-urls", shards, "--output-dir", "run", "--model-path"],
+                      ["train-local", "--features-path", shards / "features.npy", "--output-path"]):
+            done = semid("kmeans", *words, place, "-q", cwd=tmp_path, check=False)
+            assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists() and (tmp_path / "taken").read_text() == "mine"
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_slips_and_damage_are_one_sentence_too(shards, tmp_path):

@@ -1,18 +1,20 @@
 "k-means over shards: the same bytes for any cut, any number of workers, and whatever dies."
-import json, os, signal, subprocess, sys, threading, time
+import hashlib, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
 from semid.clustering.distributed import DistributedKMeans
-from semid.clustering import mapping
+from semid.clustering import mapping, shards
 from semid.clustering.mapping import assign_parquet
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
 from semid.clustering.pool import about_process, open_pool
+from semid.clustering.shards import find_sources, stage_features
 from semid.semantic_ids.rq_kmeans import RQKMeans
 from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
 from semid.features import read_features, write_features
@@ -120,6 +122,56 @@ def test_more_workers_than_shards_and_other_cuts(X, data, whole, tmp_path):
 def test_a_uri_is_fetched_and_nothing_of_it_stays(data, whole, tmp_path):
     assert_same(kmeans(tmp_path).fit(f"file://{data}/f*.parquet"), whole)
     assert [p.name for p in tmp_path.rglob("*.parquet")] == ["quarantine.parquet"]
+
+
+@pytest.mark.parametrize("path, base, found", [
+    ("/data/f0.parquet", "/data/f0.parquet", "0"), ("/data", "/data", "012"), ("", "", "012"),
+    ("/data/*.parquet", "/data", "012"), ("/d*/f[12].parquet", "", "12")])
+@pytest.mark.parametrize("options", ["", "?region=eu-west-1", "?endpoint_override=http://[::1]:9000/*"])
+def test_the_options_of_a_uri_reach_the_store(tmp_path, monkeypatch, path, base, found, options):
+    asked, disk = [], pa.fs.SubTreeFileSystem(str(tmp_path), pa.fs.LocalFileSystem())
+    (tmp_path / "bucket" / "data").mkdir(parents=True)
+    for n in "012": (tmp_path / "bucket" / "data" / f"f{n}.parquet").touch()
+    class Stores:
+        @staticmethod
+        def from_uri(uri):
+            asked.append(uri)
+            return disk, uri.removeprefix("s3://").partition("?")[0]
+    monkeypatch.setattr(pa.fs, "FileSystem", Stores)
+    sources = find_sources(f"s3://bucket{path}{options}")
+    assert asked == [f"s3://bucket{base}{options}"]
+    assert [s.path for s in sources] == [f"bucket/data/f{n}.parquet" for n in found]
+
+
+def test_only_local_files_are_hashed_and_beside_the_staging(data, tmp_path, monkeypatch):
+    threads = []
+    def digest(path, known=shards._digest):
+        threads.append(threading.current_thread())
+        return known(path)
+    monkeypatch.setattr(shards, "_digest", digest)
+    far = stage_features(find_sources(f"file://{data}"), tmp_path / "far")
+    assert threads == [] and {mark["sha256"] for mark in far.marks} == {""}
+    near = stage_features(find_sources(data), tmp_path / "near")
+    assert len(threads) == 5 and threading.main_thread() not in threads
+    assert [m["sha256"] for m in near.marks] == [
+        hashlib.sha256((data / f"f{n}.parquet").read_bytes()).hexdigest() for n in range(5)]
+
+
+def test_a_run_on_fetched_files_is_resumed(data, whole, tmp_path):
+    kmeans(tmp_path, max_iter=3).fit(f"file://{data}")
+    assert_same(kmeans(tmp_path).fit(f"file://{data}", resume=True), whole)
+
+
+def test_a_shard_of_one_row(X, tmp_path):
+    n, rows = 91, 10  # an even split into 10 shards leaves one row for the last
+    write_features(tmp_path / "f.parquet", names(0, n), X[:n])
+    single = KMeans(5, random_state=3).fit(X[:n])
+    one, many = (kmeans(tmp_path / str(w), 5, w, rows_per_shard=rows).fit(tmp_path / "f.parquet")
+                 for w in (1, 4))
+    assert [len(labels) for _, labels, _ in many.assignments()] == [10] * 9 + [1]
+    assert_same(many, one)
+    assert many.cluster_centers_.tobytes() == single.cluster_centers_.tobytes()
+    assert many.labels_.tobytes() == single.labels_.tobytes() and many.inertia_ == single.inertia_
 
 
 def test_mixed_column_types(X, tmp_path):

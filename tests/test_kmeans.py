@@ -9,7 +9,7 @@ from sklearn.base import clone, is_clusterer
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.model_selection import GridSearchCV
 
-from semid.clustering.inference import KMeansInference, read_model, train_local
+from semid.clustering.inference import KMeansInference, check_model_room, read_model, train_local
 from semid.clustering.kmeans import KMeans, normalise_rows
 from semid.clustering.lloyd import Clustered, InMemory, lloyd, sample_rows
 from semid.clustering.rows import quantise_rows
@@ -260,6 +260,60 @@ def test_pickles_are_never_opened(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(ModelFormatError, match="never opened"): KMeansInference(tmp_path / name)
     with pytest.raises((DataError, ModelFormatError)): train_local(tmp_path / name, 2)
+
+
+@pytest.mark.parametrize("name", ["kmeans_model.pkl", "m.pt", "m.npy"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    model = KMeans(12, random_state=5).fit(blobs(7))
+    model.save(tmp_path / name)
+    assert (KMeans.load(tmp_path / name).cluster_centers_ == model.cluster_centers_).all()
+    assert (KMeansInference(tmp_path / name).predict(blobs(7)) == model.labels_).all()
+
+
+def foreign(kind, folder):
+    "A folder with a model of somebody else."
+    from safetensors.numpy import save
+    folder.mkdir()
+    tensors, name = {"centroids": np.eye(3, dtype=np.float32)}, "model.safetensors"
+    if kind == "plain": (folder / name).write_bytes(save(tensors))
+    if kind == "framework": (folder / name).write_bytes(save(tensors, {"format": "pt"}))
+    if kind == "RQKMeans": (folder / name).write_bytes(save(tensors, {"semid": json.dumps({"type": kind})}))
+    if kind == "no safetensors": (folder / name).write_bytes(b"x" * 100)
+    if kind == "metadata": (folder / "metadata.json").write_text('{"type": "Report"}')
+    if kind == "list": (folder / "metadata.json").write_text("[1]")
+    if kind == "broken metadata":
+        saved(folder)
+        (folder / "metadata.json").write_text("{")
+    if kind == "folder": (folder / name).mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["plain", "framework", "RQKMeans", "no safetensors", "metadata", "list",
+                                  "broken metadata", "folder"])
+def test_no_model_of_others_is_overwritten(tmp_path, kind):
+    path = foreign(kind, tmp_path / "m")
+    content = lambda: {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+    before = content()
+    with pytest.raises(ConfigError, match="no KMeans model: name another folder"): check_model_room(path)
+    model = KMeans(3, random_state=0).fit(blobs(1))
+    with pytest.raises(ConfigError, match="no KMeans model"): model.save(path)
+    assert content() == before
+
+
+def test_a_model_of_its_own_kind_is_overwritten_even_if_damaged(tmp_path):
+    model = KMeans(3, random_state=0).fit(blobs(1))
+    for damage in None, "metadata.json", "model.safetensors", "cut":
+        path = saved(tmp_path / str(damage))
+        if damage == "cut": (path / "model.safetensors").write_bytes(b"")
+        elif damage: (path / damage).unlink()
+        model.save(path)
+        assert (KMeans.load(path).cluster_centers_ == model.cluster_centers_).all()
+
+
+def test_local_training_asks_for_room_before_it_reads(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in tmp_path / "file", tmp_path / "file" / "model":
+        with pytest.raises(ConfigError, match="file is a file"): train_local(tmp_path / "none.npy", 3, place)
 
 
 def test_training_from_files(tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['Source', 'find_sources', 'what_changed', 'fetched', 'Stage', 'remove
 
 # %% ../../nbs/clustering/09_shards.ipynb #5a969d8a
 import hashlib, os, re, shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -46,11 +47,12 @@ def _matches(path, pattern):
 def _in_store(url):
     "The files that a URI names."
     from pyarrow.fs import FileSelector, FileSystem, FileType
-    scheme, _, rest = url.partition("://")
+    address, mark, options = url.partition("?")
+    scheme, _, rest = address.partition("://")
     parts = rest.split("/")
-    plain = next((i for i, p in enumerate(parts) if set(p) & set("*?[")), len(parts))
+    plain = next((i for i, p in enumerate(parts) if set(p) & set("*[")), len(parts))
     try:
-        store, base = FileSystem.from_uri(f"{scheme}://{'/'.join(parts[:plain])}")
+        store, base = FileSystem.from_uri(f"{scheme}://{'/'.join(parts[:plain])}{mark}{options}")
         pattern = "/".join([base, *parts[plain:]])
         info = store.get_file_info(base)
         if info.type == FileType.File: return [Source(base, info.size, info.mtime_ns or 0, store)]
@@ -88,6 +90,16 @@ def find_sources(
 # %% ../../nbs/clustering/09_shards.ipynb #1865a69e
 def _digest(path):
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+
+@contextmanager
+def _digests(
+    sources,  # list of Source
+):            # yields a function () -> list of str, "" for a remote one
+    "sha256 of the files, in a thread beside what is done meanwhile."
+    pool = ThreadPoolExecutor(1)
+    found = [None if s.store is not None else pool.submit(_digest, s.path) for s in sources]
+    try: yield lambda: ["" if digest is None else digest.result() for digest in found]
+    finally: pool.shutdown(cancel_futures=True)
 
 def what_changed(
     sources,  # list of Source, as they are now
@@ -221,15 +233,15 @@ def stage_features(
     folder, about = Path(folder), {"rows_per_shard": rows_per_shard, "metric": metric, **options}
     remove_stage(folder)
     folder.mkdir(parents=True)
-    with fetched(sources, folder / "fetched") as paths:
+    with fetched(sources, folder / "fetched") as paths, _digests(sources) as digests:
         features = open_features(paths, metric=metric, quarantine=quarantine, **options)
-        marks = [s.mark() | {"sha256": _digest(p)} for s, p in zip(sources, paths)]
         nothing = Survey(0, np.empty(0, np.float32), np.empty(0, np.float32))
         kind = _value_type(features)
-        stage = Stage(folder, features.dim, kind, [], nothing, {"metric": metric}, marks, about)
+        stage = Stage(folder, features.dim, kind, [], nothing, {"metric": metric}, [], about)
         n_shards = max(1, -(-features.n_rows // rows_per_shard))
         size = max(1, -(-features.n_rows // n_shards))
         surveys = [_write_shard(stage, ids, X) for ids, X in features.batches(size, stage.dtype, progress)]
+        stage.marks = [s.mark() | {"sha256": digest} for s, digest in zip(sources, digests())]
     for shard in range(len(stage.sizes)): flush_to_disk(stage.path("values", shard))
     stage.report |= features.report.asdict()
     if surveys: stage.survey = reduce(or_, surveys)
