@@ -1,4 +1,5 @@
 "The commands of the clustering room: both spellings, one clear sentence, a run that was killed goes on."
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,32 @@ def test_dedup_overwrites_nothing_that_is_not_its_own(tmp_path):
     words = "kmeans train --data-urls-file items.parquet --output-dir o --model-path m".split()
     done = semid(*words, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "can't be read" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--kept", "old.parquet"], "old.parquet is what is read"),
+    (["--kept", "new.parquet"], "new.parquet is what is read"),
+    (["--quarantine", "old.parquet"], "old.parquet is what is read"),
+    (["--kept", "folder"], "folder is a folder"),
+    (["--n-workers", 1, "--address", "10.255.0.1:6379"], "give staging")])
+def test_dedup_refuses_before_the_search_to_overwrite_what_it_reads(words, says, tmp_path):
+    (tmp_path / "folder").mkdir()
+    X = np.eye(8, dtype=np.float32)
+    paths = [write_features(tmp_path / f"{name}.parquet", [f"{name}{i}" for i in range(8)], X)
+             for name in ("new", "old")]
+    before = [path.read_bytes() for path in paths]
+    done = semid("dedup", paths[0].name, "--against", paths[1].name, "-o", "u", *words, cwd=tmp_path,
+                 check=False)
+    assert done.returncode == 1 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert before == [path.read_bytes() for path in paths] and not (tmp_path / "u").exists()
+
+
+def test_dedup_says_what_the_miss_rate_rests_on(shards, tmp_path):
+    done = semid("dedup", shards, "-o", "u", "--clusters", 60, "--probes", 1, "-q", cwd=tmp_path)
+    assert re.search(r"; \d+\.\d% \(\d+\.\d% to \d+\.\d%\) of the pairs are missed, by \d+ sampled pairs$",
+                     done.stdout.strip()), done.stdout
+    done = semid("dedup", shards, "-o", "v", "--clusters", 60, "--threshold", 1, "-q", cwd=tmp_path)
+    assert done.stdout.strip().endswith("is unknown, no sampled item is in one")
 
 
 def test_a_killed_training_goes_on(shards, tmp_path):
