@@ -1,5 +1,5 @@
 "Deduplication against brute force, its guarantees, and the same bytes from everywhere."
-import os, subprocess, sys
+import json, os, platform, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from semid.clustering import pairs as search, rows, seeding
+from semid.clustering import dedup, pairs as search, rows, seeding
 from semid.clustering.dedup import Duplicates, SemanticDeduplicator, write_kept
 from semid.clustering.duplicates import check_room
 from semid.clustering.inference import KMeansInference
@@ -152,6 +152,29 @@ def test_the_miss_rate_is_what_it_says():
     assert more[0] > more[1] > more[2]
 
 
+def test_the_miss_rate_says_what_it_rests_on(tmp_path):
+    X, ids = near_copies(2000, noise=0.35)
+    finder = SemanticDeduplicator(0.9, 40, probes=1, miss_sample=10**6)
+    every = finder.deduplicate(X, ids)
+    truth = int(np.triu(all_cosines(np.unique(X, axis=0)) >= 0.9, 1).sum())
+    assert every.sampled_pairs == truth  # each once, though both of its ends are sampled
+    held = []
+    for seed in range(12):
+        some = SemanticDeduplicator(0.9, 40, probes=1, miss_sample=150, random_state=seed).deduplicate(X, ids)
+        low, high = some.estimated_miss_interval
+        assert 0 <= low <= some.estimated_miss_rate <= high <= 1 and 0 < some.sampled_pairs < truth
+        held.append(low <= 1 - len(some.pairs) / truth <= high)
+    assert sum(held) >= 10
+    assert some.rethreshold(0.97).sampled_pairs < some.sampled_pairs
+    manifest = json.loads((some.save(tmp_path / "result") / "manifest.json").read_text())
+    assert manifest["estimated_miss_interval"] == [low, high]
+    assert manifest["sampled_pairs"] == some.sampled_pairs
+    assert Duplicates.load(tmp_path / "result").estimated_miss_interval == (low, high)
+    none = SemanticDeduplicator(0.9, 40, miss_sample=0).deduplicate(X, ids)
+    assert none.estimated_miss_interval is None and none.sampled_pairs == 0
+    assert SemanticDeduplicator(0.9).deduplicate(X, ids).estimated_miss_interval == (0, 0)
+
+
 def test_rethreshold_is_a_new_run():
     X, ids = near_copies()
     low = SemanticDeduplicator(0.85, 10).deduplicate(X, ids)
@@ -160,6 +183,8 @@ def test_rethreshold_is_a_new_run():
         assert again.removed == fresh.removed and list(again.kept) == list(fresh.kept)
         assert again.counts() == fresh.counts()
     with pytest.raises(ConfigError, match="0.85"): low.rethreshold(0.84)
+    for wrong in ("0.99", None, [0.9]):
+        with pytest.raises(ConfigError, match="threshold must be a number"): low.rethreshold(wrong)
 
 
 def saved(result, folder):
@@ -289,7 +314,7 @@ def test_clear_refusals(tmp_path):
     finder = SemanticDeduplicator()
     with pytest.raises(ConfigError, match="priority"): SemanticDeduplicator(keep="score").deduplicate(X, ids)
     with pytest.raises(DataError, match="unique"): finder.deduplicate(X, ["a"] * 50)
-    with pytest.raises(DataError, match="spelling"): finder.deduplicate(X, np.arange(50) / 2)
+    with pytest.raises(DataError, match="double: use strings"): finder.deduplicate(X, np.arange(50) / 2)
     no_text = [b"\xff%d" % i for i in range(50)]
     with pytest.raises(DataError, match="be read"): finder.deduplicate(X, no_text)
     with pytest.raises(DataError, match="null"): finder.deduplicate(X, [None, *ids[1:]])
@@ -330,6 +355,78 @@ def test_columns_that_decide_who_stays(tmp_path):
     by_priority = SemanticDeduplicator(keep="priority")
     with pytest.raises(DataError, match="one type"): by_priority.deduplicate(X, priority=[1, "a", 2, 3, 4, 5])
     with pytest.raises(DataError, match="no order"): by_priority.deduplicate(X, priority=[[1]] * 6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda texts, _: pa.array(texts).dictionary_encode(), lambda texts, _: pa.array(texts, pa.string_view()),
+    lambda texts, _: pa.chunked_array([texts[:2], texts[2:]]).dictionary_encode(),
+    lambda texts, _: pa.array([t.encode() for t in texts], pa.binary_view()),
+    lambda _, numbers: pa.array(np.array(numbers, np.float16)),
+    lambda _, numbers: pa.array(numbers).dictionary_encode()])
+def test_categories_views_and_halves_have_an_order(make, tmp_path):
+    X, column = np.repeat(np.eye(3), 2, 0), make([*"abdcef"], [1, 2, 4, 3, 5, 6])
+    finder = SemanticDeduplicator(keep="score")
+    assert finder.deduplicate(X, [*"uvwxyz"], priority=column).kept.tolist() == ["v", "w", "z"]
+    table = pa.table(dict(id=[*"uvwxyz"], feature=list(X), score=column))
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert finder.deduplicate(tmp_path / "in.parquet").kept.tolist() == ["v", "w", "z"]
+
+
+def test_a_column_without_an_order_is_refused_before_the_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup, "search_tiles", lambda *_: pytest.fail("it was searched"))
+    monkeypatch.setattr(dedup, "prepare_search", lambda *_: pytest.fail("it was searched"))
+    X, finder = np.eye(3), SemanticDeduplicator(keep="score")
+    with pytest.raises(DataError, match="have no order"): finder.deduplicate(X, priority=[[1], [2], [3]])
+    pq.write_table(pa.table(dict(id=[*"abc"], feature=list(X), score=[[1]] * 3)), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="have no order"): finder.deduplicate(tmp_path / "in.parquet")
+
+
+def test_nothing_that_is_read_is_overwritten(tmp_path):
+    X = np.repeat(np.eye(3, dtype=np.float32), 2, 0)
+    X[0] = 0
+    new, old = tmp_path / "new.parquet", tmp_path / "old.parquet"
+    for path, ids in ((new, "abcdef"), (old, "uvwxyz")): write_features(path, [*ids], X)
+    before = [path.read_bytes() for path in (new, old)]
+    opened = open_features(new, metric="cosine", max_bad_fraction=1, quarantine=tmp_path / "old.parquet")
+    for source, listed in ((new, new), (new, old), (X, old), (opened, None)):
+        finder = SemanticDeduplicator(max_bad_fraction=1, quarantine=listed)
+        with pytest.raises(ConfigError, match="what is read"): finder.deduplicate(source, against=old)
+    result = SemanticDeduplicator(max_bad_fraction=1).deduplicate(new, against=old)
+    for path in (new, old):
+        with pytest.raises(ConfigError, match="what is read"): write_kept(result, new, path)
+        with pytest.raises(ConfigError, match="what is read"):
+            check_room(tmp_path / "result", path, read=[new, old])
+    with pytest.raises(ConfigError, match="is a folder"): check_room(tmp_path / "result", tmp_path)
+    result.save(tmp_path / "result")
+    with pytest.raises(ConfigError, match="what is read"):
+        check_room(tmp_path / "result", read=[tmp_path / "result" / "items.parquet"])
+    assert [path.read_bytes() for path in (new, old)] == before
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_arrays_and_files_list_their_bad_rows_in_the_same_place(make, tmp_path):
+    X, ids, lists = np.eye(4, dtype=np.float32), [*"abcd"], []
+    X[1] = 0
+    write_features(tmp_path / "in.parquet", ids, X)
+    for name, source in (("array", (X, ids)), ("file", (tmp_path / "in.parquet",))):
+        make(tmp_path / name)
+        SemanticDeduplicator(max_bad_fraction=1, quarantine=tmp_path / name).deduplicate(*source)
+        (path,) = (p for p in (tmp_path / name, tmp_path / name / "quarantine.parquet") if p.is_file())
+        lists.append((path.relative_to(tmp_path / name), pq.read_table(path).drop("file")))
+    assert lists[0] == lists[1] and lists[0][1]["id"].to_pylist() == ["b"]
+
+
+def test_a_joined_cluster_needs_a_folder_that_all_machines_see(files, ray, tmp_path, monkeypatch):
+    X, ids = near_copies(100)
+    finder = SemanticDeduplicator(0.9, n_workers=1, address="auto")
+    here = dict(Alive=True, NodeManagerHostname=platform.node())
+    monkeypatch.setattr(ray, "nodes", lambda: [here, here | dict(NodeManagerHostname="another")])
+    with pytest.raises(ConfigError, match="give staging"): finder.deduplicate(X, ids)
+    staged = SemanticDeduplicator(0.9, n_workers=1, address="auto", staging=tmp_path).deduplicate(X, ids)
+    monkeypatch.setattr(ray, "nodes", lambda: [here])
+    assert finder.deduplicate(X, ids).removed == staged.removed  # a cluster of this machine alone
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match="give staging"): finder.deduplicate(X, ids)
 
 
 def test_a_model_gives_the_buckets(tmp_path):

@@ -195,6 +195,28 @@ def test_a_reader_that_stops_early_leaves_no_list(tmp_path, data):
     assert len(pq.read_table(tmp_path / "q.parquet")) == 0
 
 
+@pytest.mark.parametrize("read, listed", [
+    ("in.parquet", "in.parquet"), (".", "a/../in.parquet"), ("*.parquet", "link.parquet"),
+    ("a/quarantine.parquet", "a")])
+def test_the_list_of_bad_rows_never_replaces_what_is_read(read, listed, tmp_path):
+    for name in ("in.parquet", "a/quarantine.parquet"):
+        write_features(tmp_path / name, ["x", "y"], np.eye(2))
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "in.parquet")
+    before = (tmp_path / "in.parquet").read_bytes()
+    with pytest.raises(ConfigError, match="is what is read: write to another file"):
+        open_features(tmp_path / read, quarantine=tmp_path / listed)
+    assert (tmp_path / "in.parquet").read_bytes() == before
+    read_features(tmp_path / "in.parquet", quarantine=tmp_path / "a")
+
+
+def test_ids_that_are_no_text_are_refused_from_memory_and_set_aside_from_files(tmp_path):
+    ids, X = pa.array([b"\xff", b"a"]), np.eye(2)
+    with pytest.raises(DataError, match="one list"): write_features(tmp_path / "f.parquet", ids, X)
+    with pytest.raises(DataError, match="one list"): write_features(tmp_path / "f.parquet", 7, X)
+    pq.write_table(pa.table(dict(id=ids, feature=list(X))), tmp_path / "f.parquet")
+    with pytest.raises(DataError, match="2 × unreadable"): read_features(tmp_path / "f.parquet")
+
+
 def test_other_columns(tmp_path):
     table = pa.table({"id": ["a", "b", "a"], "feature": [[1.], [np.nan], [3.]], "n": [1, 2, 3],
                       "caption": ["x", "y", "z"]})

@@ -127,6 +127,16 @@ def assign(
     typer.echo(f"{output_dir}: clusters of {n:,} vectors")
 
 # %% ../../nbs/cli/02_clustering.ipynb #7dcadae3
+def _missed(result):
+    "What share of the pairs was missed, in words; nothing where all were compared."
+    if result.about["exhaustive"]: return ""
+    if (interval := result.estimated_miss_interval) is None:
+        return "; how many pairs are missed is unknown, no sampled item is in one"
+    low, high = interval
+    return (f"; {result.estimated_miss_rate:.1%} ({low:.1%} to {high:.1%}) of the pairs are missed, "
+            f"by {result.sampled_pairs:,} sampled pairs")
+
+# %% ../../nbs/cli/02_clustering.ipynb #772e56be
 @app.command()
 def dedup(
     features: Sources,
@@ -140,7 +150,8 @@ def dedup(
     model: Annotated[Path | None, typer.Option(help="k-means model whose clusters are the buckets.")] = None,
     n_workers: Annotated[int, typer.Option(help="Ray processes, the result is the same; 0: none.")] = 0,
     address: Address = None,
-    staging: Annotated[Path | None, typer.Option(help="Temporary files, for all machines to see.")] = None,
+    staging: Annotated[Path | None, typer.Option(
+        help="Folder of temporary files; needed with --address, one that all machines see.")] = None,
     max_pairs: Annotated[int, typer.Option(help="Refuse to hold more pairs of duplicates.")] = 10**8,
     seed: Seed = 0,
     id_column: IdColumn = "id",
@@ -152,18 +163,19 @@ def dedup(
     "Remove items whose vectors nearly point the same way."
     from semid.clustering.dedup import SemanticDeduplicator, write_kept
     from semid.clustering.duplicates import check_room
+    from semid.features import find_files, quarantine_file
     columns = dict(id_column=id_column, feature_column=feature_column)
     search = SemanticDeduplicator(
         threshold, clusters if clusters == "auto" else whole_numbers(clusters, "--clusters", 1)[0],
         probes=probes, keep=keep, random_state=seed, model=model, n_workers=n_workers, address=address,
         staging=staging, max_pairs=max_pairs, **columns, max_bad_fraction=max_bad_fraction,
         quarantine=quarantine, verbose=not quiet)
-    check_room(output, *([] if kept is None else [kept]))
+    written = [kept, quarantine and quarantine_file(quarantine)]
+    check_room(output, *filter(None, written), read=find_files([*features, *(against or [])]))
     result = search.deduplicate(features, against=against or None)
     result.save(output)
     if kept is not None: write_kept(result, features, kept, **columns)
-    n, missed = result.counts(), result.estimated_miss_rate
+    n = result.counts()
     typer.echo(f"{output}: {n['kept']:,} of {n['rows_in']:,} items kept, {n['removed']:,} removed "
                f"({result.exact_duplicate_ratio:.1%} are exact copies), {n['quarantined']:,} quarantined"
-               + ("" if missed is None or result.about["exhaustive"]
-                  else f"; {missed:.1%} of the pairs are missed, by a sample"))
+               + _missed(result))

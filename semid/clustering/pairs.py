@@ -10,6 +10,7 @@ __all__ = ['SCREEN_SLACK', 'cosines', 'Stored', 'nearest_buckets', 'lay_out', 'c
 # %% ../../nbs/clustering/14_pairs.ipynb #22124326
 import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,13 @@ def _search_piece(search, tiles, most):
     "Pairs in some tiles, on one thread."
     return search_tiles(search, tiles, 1, most)
 
+def _let_go(ray, refs):
+    "Cancel tasks, and take what errors they left: Ray prints those that nobody takes."
+    # Not by force: to kill a task that is just finishing can end this process too (seen in Ray 2.60)
+    for ref in refs: ray.cancel(ref)
+    for ref in ray.wait(refs, num_returns=len(refs), timeout=5)[0] if refs else ():
+        with suppress(ray.exceptions.RayError): ray.get(ref)
+
 def search_on_ray(
     search,         # Search over files
     tiles,          # (T, 5) from `cut_tiles`
@@ -386,5 +394,5 @@ def search_on_ray(
                 n += len(found[-1][0])
                 _counted(n, most, search.threshold)
     finally:
-        for ref in waiting: ray.cancel(ref, force=True)
+        _let_go(ray, [*waiting])
         if mine: ray.shutdown()
