@@ -1,34 +1,7 @@
 "The commands of the clustering room: both spellings, one clear sentence, a run that was killed goes on."
 import json
 import os
-def killed_in_an_iteration(words, cwd, progress):
-    "Start a run of its own process group, and kill them all once three iterations are noted."
-    run = subprocess.Popen([SEMID, *words], cwd=cwd, start_new_session=True, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while run.poll() is None and time.monotonic() < until:
-        if progress.exists() and json.loads(progress.read_text())["iteration"] >= 3: break
-        time.sleep(0.01)
-    with suppress(ProcessLookupError): os.killpg(run.pid, signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    return json.loads(progress.read_text())
-
-
-@pytest.mark.parametrize("n_workers", ["0", "2"])
-def test_a_killed_training_goes_on(tmp_path, n_workers):
-    if n_workers != "0": pytest.importorskip("ray")
-    X = np.random.default_rng(0).random((20_000, 2), np.float32)
-    write_features(tmp_path / "plane.parquet", [f"item-{i}" for i in range(len(X))], X)
-    whole = KMeans(30, tol=0, max_iter=80, random_state=42).fit(X)
-    whole.save(tmp_path / "whole")
-    words = ("kmeans train --data-urls plane.parquet --n-clusters 30 --tol 0 --max-iter 80 --output-dir run "
-             f"--rows-per-shard 9000 --n-workers {n_workers} --model-path model -q").split()
-    path = tmp_path / "run" / "progress.json"
-    progress = killed_in_an_iteration(words, tmp_path, path)
-    assert progress["status"] == "running" and 3 <= progress["iteration"] < whole.n_iter_ - 10
-    assert not (tmp_path / "model").exists()
-    if n_workers == "0": assert "unfinished run" in semid(*words, cwd=tmp_path, check=False).stderr
-    progress["history"][0]["mark"] = "noted before the kill"
-    path.write_text(json.dumps(progress))
+import re
 import signal
 import subprocess
 import sys
@@ -146,7 +119,34 @@ def test_dedup_says_what_the_miss_rate_rests_on(shards, tmp_path):
     assert done.stdout.strip().endswith("is unknown, no sampled item is in one")
 
 
-import re
+def killed_in_an_iteration(words, cwd, progress):
+    "Start a run of its own process group, and kill them all once three iterations are noted."
+    run = subprocess.Popen([SEMID, *words], cwd=cwd, start_new_session=True, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < until:
+        if progress.exists() and json.loads(progress.read_text())["iteration"] >= 3: break
+        time.sleep(0.01)
+    with suppress(ProcessLookupError): os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    return json.loads(progress.read_text())
+
+
+@pytest.mark.parametrize("n_workers", ["0", "2"])
+def test_a_killed_training_goes_on(tmp_path, n_workers):
+    if n_workers != "0": pytest.importorskip("ray")
+    X = np.random.default_rng(0).random((20_000, 2), np.float32)
+    write_features(tmp_path / "plane.parquet", [f"item-{i}" for i in range(len(X))], X)
+    whole = KMeans(30, tol=0, max_iter=80, random_state=42).fit(X)
+    whole.save(tmp_path / "whole")
+    words = ("kmeans train --data-urls plane.parquet --n-clusters 30 --tol 0 --max-iter 80 --output-dir run "
+             f"--rows-per-shard 9000 --n-workers {n_workers} --model-path model -q").split()
+    path = tmp_path / "run" / "progress.json"
+    progress = killed_in_an_iteration(words, tmp_path, path)
+    assert progress["status"] == "running" and 3 <= progress["iteration"] < whole.n_iter_ - 10
+    assert not (tmp_path / "model").exists()
+    if n_workers == "0": assert "unfinished run" in semid(*words, cwd=tmp_path, check=False).stderr
+    progress["history"][0]["mark"] = "noted before the kill"
+    path.write_text(json.dumps(progress))
     semid(*words, "--resume", cwd=tmp_path)
     progress = json.loads(path.read_text())
     assert progress["status"] == "finished" and "mark" in progress["history"][0]  # it did not start anew
