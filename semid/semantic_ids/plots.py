@@ -135,7 +135,7 @@ def plot_counts(
     for i, (size, n) in enumerate(dict.fromkeys((len(items), int(np.sum(items))) for items in counts)):
         ax.axhline(n / size, color=".6", linewidth=1, linestyle="--", zorder=1,
                    label=None if i else "even use")
-    ax.set_ylim(0)
+    ax.set_ylim(0, 1.08 * max((int(np.max(items, initial=1)) for items in counts), default=1))
     finish_axes(ax, "Codebook use: flat is even, zero is a dead code", "codes, most used first", "items")
     ax.legend(frameon=False, fontsize=9)
     return figure
