@@ -37,7 +37,8 @@ def as_texts(
         array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids, from_pandas=True)
         if not _is_id(array.type): raise DataError(f"The ids are {array.type}: use strings or integers.")
         array = array.cast(pa.large_string())
-    except (pa.ArrowException, OverflowError, TypeError):
+    except DataError: raise
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
         raise DataError("The ids can't be read as one list: use strings or integers, one a row.") from None
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
