@@ -25,7 +25,7 @@ from .formatting import check_codes, codes_to_ids, ids_to_codes, level_letter
 from semid.semantic_ids.id_database import (
     IDS, LONGEST_ITEM, PORTION, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, under,
     unpack_codes)
-from .relocation import relocate
+from .relocation import ranks_by_key, relocate
 
 # %% ../../nbs/semantic_ids/15_id_publishing.ipynb #b6fbda9c
 @dataclass(repr=False, eq=False)
@@ -107,11 +107,7 @@ def _slots(
     highest,  # for each group: the highest slot in use, -2 if none
 ) -> np.ndarray:  # (N,) int64
     "The slot of each item, in order."
-    order = np.argsort(groups, kind="stable")
-    new = np.diff(groups[order], prepend=-1) != 0
-    starts = np.flatnonzero(new)
-    rank = np.empty(len(groups), np.int64)
-    rank[order] = np.arange(len(groups)) - starts[np.cumsum(new) - 1]
+    rank = ranks_by_key(groups)
     top = np.asarray(highest, np.int64)[groups]
     return np.where(top > -2, np.maximum(top, 0) + 1 + rank, np.where(rank == 0, -1, rank))
 

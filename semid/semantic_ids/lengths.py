@@ -14,7 +14,7 @@ from numba import njit
 from ..config import DataError
 from .collisions import as_codes, gini_of, as_pair, prefix_keys
 from .collisions import code_entropy_per_level, code_utilization_per_level
-from .metrics import as_seen, codebook_sizes, fitting_neighbours
+from .metrics import as_seen, codebook_sizes, check_neighbours
 from .neighbours import nearest_neighbours
 from .rq_kmeans import RQKMeans
 
@@ -147,8 +147,7 @@ def evaluate_lengths(
     buckets = _counted(keys)
     reports = _usages(codes, buckets, codebook_sizes(model, codes.shape[1]))
     if k < len(x):
-        near = nearest_neighbours(x, k, seed=seed) if not neighbours else \
-            fitting_neighbours(neighbours, len(x), k)
+        near = check_neighbours(neighbours, len(x), k) if neighbours else nearest_neighbours(x, k, seed=seed)
         for report, (recall, ndcg) in zip(reports, _retrievals(near, codes, keys, buckets), strict=True):
             report |= {f"recall_at_{k}": recall, f"ndcg_at_{k}": ndcg}
     correlations, errors = _correlations(x, codes, n_pairs, seed), _errors(x, codes, model)

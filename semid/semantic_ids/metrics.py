@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluate_quality', 'distance_correlation', 'relative_mse', 'as_seen', 'reconstruction_errors', 'codebook_sizes',
-           'fitting_neighbours', 'evaluate', 'code_entropy', 'code_entropy_per_level', 'code_utilization_per_level',
+           'check_neighbours', 'evaluate', 'code_entropy', 'code_entropy_per_level', 'code_utilization_per_level',
            'collision_rate_per_level', 'collisions_per_level', 'counts_per_level', 'entropy_ratios', 'gini',
            'gini_per_level', 'items_in_collision', 'items_in_collision_per_level', 'largest_bucket',
            'perplexity_per_level', 'top_share_per_level', 'Neighbours', 'find_similar', 'hierarchical_distance',
@@ -129,7 +129,7 @@ def _heldout(X, codes, encoder):
             **reconstruction_errors(x, new, encoder)}
 
 # %% ../../nbs/semantic_ids/06_metrics.ipynb #081e8e4a
-def fitting_neighbours(
+def check_neighbours(
     near,       # Neighbours
     n_samples,  # N of the vectors
     k,          # neighbours wanted
@@ -163,8 +163,7 @@ def evaluate(
     report["collision_rate_per_level"] = collision_rate_per_level(codes)
     report["items_in_collision_per_level"] = items_in_collision_per_level(codes)
     if k < len(x):
-        near = nearest_neighbours(x, k, seed=seed) if not neighbours else \
-            fitting_neighbours(neighbours, len(x), k)
+        near = check_neighbours(neighbours, len(x), k) if neighbours else nearest_neighbours(x, k, seed=seed)
         report[f"recall_at_{k}"], report[f"ndcg_at_{k}"] = scores_of(near, codes)
     correlation = distance_correlation(x, codes, n_pairs=n_pairs, seed=seed)
     report["distance_correlation"] = None if np.isnan(correlation) else correlation

@@ -23,7 +23,7 @@ from .collisions import (
     as_codes, fitting_sizes, as_pair, prefix_keys, code_entropy_per_level, collisions_per_level,
     counts_per_level, entropy_ratios, gini, gini_per_level, perplexity_per_level, top_share_per_level)
 from .metrics import (
-    as_seen, codebook_sizes, fitting_neighbours, reconstruction_errors, distance_correlation, relative_mse)
+    as_seen, codebook_sizes, check_neighbours, reconstruction_errors, distance_correlation, relative_mse)
 from .neighbours import scores_of, nearest_neighbours
 from semid.semantic_ids.prefixes import (
     co_occurrence_lift, consecutive_pairs, preference_discrimination, prefix_cosine, prefix_purity,
@@ -52,7 +52,7 @@ def _of_vectors(x, codes, k, sample_size, seed, near=None):
     correlation = distance_correlation(x, codes, seed=seed)
     found = {"distance_correlation": None if math.isnan(correlation) else correlation}
     if k < len(x):
-        near = fitting_neighbours(near, len(x), k) if near else nearest_neighbours(x, k, sample_size, seed)
+        near = check_neighbours(near, len(x), k) if near else nearest_neighbours(x, k, sample_size, seed)
         scores = [scores_of(near, codes[:, :length]) for length in range(1, codes.shape[1] + 1)]
         recall, ndcg = (list(column) for column in zip(*scores))
         found = {"k": k, "n_queries": len(near.queries), "recall": recall, "ndcg": ndcg} | found

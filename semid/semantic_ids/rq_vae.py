@@ -321,14 +321,7 @@ class RQVAE:
         rows = _in_float64(self.module.decoder, latents, pick_device(self.device))
         return (rows * self.scale_ + self.mean_).astype(np.float32)
 
-    def semantic_id(
-        self,
-        codes,           # (N, L) integers from 0
-        *,
-        sep="-",         # between the codes of a plain ID
-        fmt="plain",     # "plain": `12-5-33`; "token": `<a_12><b_5><c_33>`
-        formatter=None,  # one row (L,) -> its ID; overrules sep and fmt
-    ) -> list[str]:      # N strings
+    def semantic_id(self, codes, *, sep="-", fmt="plain", formatter=None) -> list[str]:
         "Codes as strings, see `codes_to_ids`."
         return codes_to_ids(codes, sep=sep, fmt=fmt, formatter=formatter)
 

@@ -131,13 +131,7 @@ class InMemoryCollisionStore(CollisionStore):
             return n
     def get_item(self, item_id): return self._items.get(item_id)
     def set_item(self, item_id, unique_id): self._items[item_id] = unique_id
-    def assign_batch(
-        self,
-        keys,            # N semantic IDs
-        sep="-",         # between the semantic ID and its suffix
-        item_ids=None,   # N item IDs
-        numbered=False,  # suffixes are numbers, also where items are known
-    ):                   # N unique IDs
+    def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
         "A unique ID for each key: all are taken, or none."
         with self._lock:
             counts, items = _Slip(lambda key: self._counts.get(key, 0)), _Slip(self._items.get)
@@ -262,13 +256,7 @@ class SQLiteCollisionStore(CollisionStore):
     def set_item(self, item_id, unique_id):
         "Remember the unique ID of an item."
         with self._begin() as connection: _write_items(connection, {item_id: unique_id})
-    def assign_batch(
-        self,
-        keys,            # N semantic IDs
-        sep="-",         # between the semantic ID and its suffix
-        item_ids=None,   # N item IDs
-        numbered=False,  # suffixes are numbers, also where items are known
-    ):                   # N unique IDs
+    def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
         "A unique ID for each key in one transaction: all are taken, or none."
         with self._begin() as connection:
             counts, items = self._read(connection, keys, item_ids)
