@@ -476,16 +476,24 @@ def test_pictures_of_pairs():
 
 
 PEAK = """
-import sys
+import sys, threading, time
 from semid.clustering.dedup import SemanticDeduplicator
+peak = 0
+def watch():
+    global peak
+    while True:
+        held = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        peak = max(peak, int(held.split()[1]) // 1024)
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
 finder = SemanticDeduplicator(0.9, 40, staging=sys.argv[2], block_rows=512, n_threads=2)
 found = finder.deduplicate(sys.argv[1])
 assert len(found.removed) > 100
-print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(peak)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_memory_does_not_grow_with_the_vectors(tmp_path):
     peaks, rng = {}, np.random.default_rng(0)
     for n in (20_000, 80_000):
@@ -496,7 +504,8 @@ def test_memory_does_not_grow_with_the_vectors(tmp_path):
         command = [sys.executable, "-c", PEAK, tmp_path / f"{n}.parquet", tmp_path]
         run = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
         peaks[n] = int(run.stdout)
-    assert peaks[80_000] - peaks[20_000] < 100, peaks  # 60,000 more vectors and their int8 form are 176 MiB
+    # 60,000 more vectors and their int8 form are 176 MiB; pages of mapped files are the system's to take back
+    assert peaks[80_000] - peaks[20_000] < 60, peaks
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
 
