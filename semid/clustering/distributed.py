@@ -22,8 +22,9 @@ from .pool import open_pool
 from .shards import Stage, find_sources, remove_stage, stage_features, take_rows
 from .shards import what_changed
 from .staged import ShardWorker, StagedRows, iteration_file, iteration_files
-from .staged import remove_iterations, save_array
-from ..config import ConfigError, DataError, NotFittedError, alone_in, default_threads, write_json
+from .staged import remove_iterations, save_quickly
+from ..config import ConfigError, DataError, NotFittedError, alone_in, default_threads
+from ..config import flush_to_disk, write_json
 
 # %% ../../nbs/clustering/12_distributed.ipynb #a4fd735d
 def _read_progress(folder):
@@ -203,13 +204,14 @@ class DistributedKMeans:
                 centroids = np.ldexp(self._load_centroids(i), -power)
                 if progress["moved"] is not None: moved = np.ldexp(progress["moved"], -2 * power)
                 progress["history"] = progress["history"][:i]
+                remove_iterations(self.output_dir, -1, i)  # what followed is done again
                 if i: before = np.ldexp(progress["history"][-1]["inertia"], -2 * power)
             data.iteration, bar.n = i - 1, i
             self._loop(data, centroids, moved, before, progress, bar)
 
     def _loop(self, data, centroids, moved, before, progress, bar):
         "All iterations from here, and the last words."
-        first, at = data.iteration + 1, time.perf_counter()
+        first, at, self._noted = data.iteration + 1, time.perf_counter(), -np.inf
         most, seconds = max(self.max_iter - first, 0), []
         run = lloyd(data, centroids, self.metric, most, self.tol, self.early_stop, moved, before)
         with ThreadPoolExecutor(1) as writer:  # what is written goes to the disk while the workers work
@@ -229,11 +231,15 @@ class DistributedKMeans:
         self._finish(data, centroids, progress, "max_iter" if i - first == most else "converged")
 
     def _write_state(self, i, centroids, moved, progress, power):
-        "What a resumed run needs, and room on the disk."
-        save_array(self.output_dir / f"iter_{i}" / "centroids.npy", np.ldexp(centroids, power))
+        "What a resumed run needs, on the disk twice a second at most; and room there."
+        (folder := self.output_dir / f"iter_{i}").mkdir(exist_ok=True)
+        save_quickly(folder / "centroids.npy", np.ldexp(centroids, power))
         progress |= {"status": "running", "iteration": i}
         progress["moved"] = float(np.ldexp(moved, 2 * power)) if np.isfinite(moved) else None
-        write_json(self.output_dir / "progress.json", progress)
+        if durable := time.monotonic() > self._noted + 0.5:
+            for path in (folder / "centroids.npy", folder): flush_to_disk(path)
+            self._noted = time.monotonic()
+        write_json(self.output_dir / "progress.json", progress, durable)
         if self.keep_iterations is not None: remove_iterations(self.output_dir, i - self.keep_iterations)
 
     def _note(self, data, centroids, progress):
@@ -251,6 +257,8 @@ class DistributedKMeans:
             remove_iterations(self.output_dir, last - self.keep_iterations + 1)
             for i in {i for i, _ in iteration_files(self.output_dir)} - {last}:
                 data.measure(np.ldexp(self._load_centroids(i), -power), i)
+        for folder in {path for _, path in iteration_files(self.output_dir) if path.is_dir()}:
+            for path in (folder / "centroids.npy", folder): flush_to_disk(path)
         progress |= {"inertia": float(np.ldexp(exact, 2 * power)), "n_shards": len(data.stage.sizes)}
         write_json(self.output_dir / "progress.json", progress | {"status": "finished", "stopped": stopped})
 

@@ -6,11 +6,13 @@
 __all__ = ['about_process', 'start_ray', 'open_pool']
 
 # %% ../../nbs/clustering/10_pool.ipynb #e032544a
-import os
+import math, os, time
 from collections import Counter, deque
-from itertools import product
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config import ConfigError, SemidError
 
@@ -26,7 +28,7 @@ def about_process() -> dict[str, int]:  # pid; peak: bytes of memory held at mos
 class _OneProcess:
     "Does all items here."
     def __init__(self, make): self.worker = make()
-    def run(self, job, items, gather=True, tick=lambda: None):
+    def run(self, job, items, gather=True, tick=lambda: None, alike=False):
         for item in items:
             self.worker.do(job, item)
             tick()
@@ -54,7 +56,8 @@ def start_ray(
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             _start_here(ray, num_cpus=n_workers * n_threads, include_dashboard=False,
-                        object_store_memory=int(store_bytes), **quiet)
+                        object_store_memory=int(store_bytes), **quiet,
+                        _system_config={"max_direct_call_object_size": 2**20})  # small sums skip the store
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ConfigError(f"Ray can't be reached at address={address!r}: {e}") from None
     return ray, True
@@ -68,26 +71,39 @@ def _start_here(ray, attempts=4, **options):
             ray.shutdown()
     raise SemidError(f"Ray did not start in {attempts} attempts: the machine is too busy; use n_workers=0.")
 
+class _Actor:
+    "A worker that does several items for one message."
+    def __init__(self, make, *args): self.worker = make(*args)
+    def about(self): return self.worker.about()
+    def result(self): return self.worker.result()
+    def do(self, job, items, hand_over):
+        "Seconds that each of the items took, and the result so far if it is to be handed over."
+        start = time.perf_counter()
+        for item in items: self.worker.do(job, item)
+        return (time.perf_counter() - start) / len(items), self.worker.result() if hand_over else None
+
 class _RayPool:
     "Does items on Ray actors, whichever die."
     wait_for_a_worker = 120  # seconds
+    message = 0.1            # seconds of work that one message brings at most, where items are short
     def __init__(self, worker, args, n_workers, n_threads, address=None, store_bytes=2e8):
         self.ray, self.ours = start_ray(n_workers, n_threads, address, store_bytes)
         cpus = self.ray.cluster_resources().get("CPU", 1)
         share = int(min(n_threads, cpus / n_workers) * 1000) / 1000  # all of them find room
-        self.make = lambda: self.ray.remote(worker).options(
-            num_cpus=share, max_restarts=0, scheduling_strategy="SPREAD").remote(*args)
+        self.make = lambda: self.ray.remote(_Actor).options(
+            num_cpus=share, max_restarts=0, scheduling_strategy="SPREAD").remote(worker, *args)
         self.starting: dict = {}
-        self.ready: dict = {}  # workers, and what was known of them when they came
+        self.ready: dict = {}    # workers, and what was known of them when they came
+        self.seconds: dict = {}  # that an item of a kind of job took lately
         for _ in range(n_workers): self._start()
 
     def _start(self):
         worker = self.make()
         self.starting[worker.about.remote()] = worker
 
-    def run(self, job, items, gather=True, tick=lambda: None):
+    def run(self, job, items, gather=True, tick=lambda: None, alike=False):
         "Do all items; what the workers that did any hand over, if it is to be gathered."
-        run = _JobRun(self, job, items, gather, tick)
+        run = _JobRun(self, job, items, gather, tick, alike)
         while not run.finished(): run.step()
         return list(run.results.values())
 
@@ -108,43 +124,48 @@ class _RayPool:
 # %% ../../nbs/clustering/10_pool.ipynb #5c99c8f5
 class _JobRun:
     "One job on a pool: what waits, what runs where, and who has done what."
-    def __init__(self, pool, job, items, gather, tick):
+    def __init__(self, pool, job, items, gather, tick, alike):
         self.pool, self.ray, self.gather, self.tick = pool, pool.ray, gather, tick
         small = sum(getattr(v, "nbytes", 0) for v in job.values()) < 2**16
-        self.job, self.items = job if small else self.ray.put(job), iter(items)  # small ones go with the call
-        self.again: deque = deque()
+        self.job = job if small else self.ray.put(job)  # small ones go with the call
+        self.kind = job["kind"] if alike else None
+        self.waiting, self.items = (deque(items), iter(())) if alike else (deque(), iter(items))
         self.running: dict = {}
         self.done: dict = {}
-        self.asked: dict = {}
         self.results: dict = {}
         self.deaths, self.finished_once, self.furthest, self.given_out = 0, 0, 0, False
 
-    def _hand_out(self):
-        "An item for every worker that is ready, and then a second one to wait for it."
-        busy = Counter(worker for worker, _ in self.running.values())
-        for most, worker in product((1, 2), self.pool.ready):
-            if busy[worker] >= most: continue
-            item = self.again.popleft() if self.again else next(self.items, None)
-            if item is None:
-                self.given_out = True
-                return self._ask()
-            self.asked.pop(worker, None)
-            self.running[worker.do.remote(self.job, item)] = worker, item
-            busy[worker] += 1
+    def _most(self):
+        "How many items a message brings: one, or as many as are worth one where they are alike and short."
+        share = math.ceil(len(self.waiting) / max(len(self.pool.ready), 1))
+        return max(min(share, int(self.pool.message / self.pool.seconds.get(self.kind, np.inf))), 1)
 
-    def _ask(self):
-        "Ask for results already: a worker hands them over when it has done what it was given."
-        for worker, _ in self.running.values() if self.gather else []:
-            if worker not in self.asked: self.asked[worker] = worker.result.remote()
+    def _hand_out(self):
+        "Items for every worker that is ready, then some to wait for it; results come with the last ones."
+        busy, given = Counter(worker for worker, _ in self.running.values()), []
+        for in_line in (1, 2):
+            most = self._most()
+            for worker in self.pool.ready:
+                if busy[worker] >= in_line: continue
+                few = [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
+                few = few or [*islice(self.items, 1)]
+                if not few: self.given_out = True
+                else: given.append((worker, few))
+                busy[worker] += 1
+        last = {worker: few for worker, few in given} if self.kind and not self.waiting else {}
+        for worker, few in given:
+            ref = worker.do.remote(self.job, few, self.gather and last.get(worker) is few)
+            self.running[ref] = worker, few
 
     def finished(self):
-        "Hand out what there is; when nothing is left, collect the results."
+        "Hand out what there is; when nothing is left, collect the results that did not come by themselves."
         self._hand_out()
-        if self.running or self.again or not self.given_out: return False
-        for worker in [w for w in self.done if w not in self.results] if self.gather else []:
-            try: self.results[worker] = self.ray.get(self.asked.pop(worker, None) or worker.result.remote())
+        if self.running or self.waiting or not self.given_out: return False
+        asked = {w: w.result.remote() for w in self.done if w not in self.results} if self.gather else {}
+        for worker, ref in asked.items():
+            try: self.results[worker] = self.ray.get(ref)
             except self.ray.exceptions.RayError as e: self._died(worker, e)
-        return not self.again
+        return not self.waiting
 
     def step(self):
         "Wait for one thing to happen."
@@ -154,33 +175,35 @@ class _JobRun:
             raise SemidError(f"No worker started within {self.pool.wait_for_a_worker} s: the cluster has no "
                              "room for one; use fewer workers or threads.")
         for ref in ready:
-            worker, item = self.running.pop(ref, None) or (self.pool.starting.pop(ref), None)
+            worker, few = self.running.pop(ref, None) or (self.pool.starting.pop(ref), None)
             try: value = self.ray.get(ref)
             except self.ray.exceptions.RayTaskError as e: raise e.cause from None
-            except self.ray.exceptions.RayError as e: self._died(worker, e, item)
+            except self.ray.exceptions.RayError as e: self._died(worker, e, few or [])
             else:
-                if item is None: self.pool.ready[worker] = value
-                else: self._finish(worker, item)
+                if few is None: self.pool.ready[worker] = value
+                else: self._finish(worker, few, *value)
 
-    def _finish(self, worker, item):
-        self.done.setdefault(worker, []).extend([item] if self.gather else [])
-        self.finished_once += not self.gather
+    def _finish(self, worker, few, seconds, result):
+        self.pool.seconds[self.kind] = seconds
+        self.done.setdefault(worker, []).extend(few if self.gather else [])
+        self.finished_once += 0 if self.gather else len(few)
         reached = sum(map(len, self.done.values())) if self.gather else self.finished_once
         if reached > self.furthest: self.furthest, self.deaths = reached, 0  # doing again is no progress
         self.results.pop(worker, None)
-        self.tick()
+        if result is not None: self.results[worker] = result
+        for _ in few: self.tick()
 
-    def _died(self, worker, error, item=None):
+    def _died(self, worker, error, few=()):
         "Give everything that a worker had done or was doing to others, and start another."
         self.deaths += 1
         if self.deaths > 3 + 2 * len(self.pool.ready):
             raise SemidError(f"Workers died {self.deaths} times without getting any further: look at their "
                              f"memory; the last died by: {error}")
         lost = [ref for ref, (w, _) in self.running.items() if w is worker]
-        self.again.extend(([] if item is None else [item]) + [self.running.pop(ref)[1] for ref in lost])
-        self.again.extend(self.done.pop(worker, []))
+        self.waiting.extend(few)
+        for ref in lost: self.waiting.extend(self.running.pop(ref)[1])
+        self.waiting.extend(self.done.pop(worker, []))
         self.results.pop(worker, None)
-        self.asked.pop(worker, None)
         self.pool.ready.pop(worker, None)
         self.pool.ray.kill(worker)
         self.pool._start()

@@ -143,6 +143,8 @@ class Stage:
     report: dict[str, Any]
     marks: list[dict]    # of the sources
     options: dict[str, Any] = field(default_factory=dict)  # by which the rows were checked and laid down
+    keep_open: int = field(default=0, init=False)  # bytes of files at most that stay mapped
+    open_maps: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def n(self) -> int: return sum(self.sizes)
@@ -251,16 +253,22 @@ def stage_features(
 # %% ../../nbs/clustering/09_shards.ipynb #2364f40d
 def mapped(
     stage,
-    kind,          # "values" or "int8"
+    kind,          # "values", "int8" or "bounds"
     shard,         # its number
     dtype,         # of what the file holds
-) -> np.ndarray:   # (n, D)
+) -> np.ndarray:   # (n, D); (3, n) for bounds
     "A file of a shard, mapped into memory."
-    shape = stage.sizes[shard], stage.dim
-    path, dtype = stage.path(kind, shard), np.dtype(dtype)
-    if path.stat().st_size != shape[0] * shape[1] * dtype.itemsize:
+    shape = (3, stage.sizes[shard]) if kind == "bounds" else (stage.sizes[shard], stage.dim)
+    path, dtype, held = stage.path(kind, shard), np.dtype(dtype), stage.open_maps
+    about = path.stat()
+    stamp, size = (about.st_ino, about.st_mtime_ns), shape[0] * shape[1] * dtype.itemsize
+    if path in held and held[path][0] == stamp: return held[path][1]
+    held.pop(path, None)
+    if about.st_size != size:
         raise DataError(f"{path} has not the size that it had: remove {stage.folder}, and run again.")
-    return np.asarray(np.memmap(path, dtype, "c", shape=shape))  # "c": may be written, and never is
+    array = np.asarray(np.memmap(path, dtype, "c", shape=shape))  # "c": may be written, and never is
+    if sum(a.nbytes for _, a in held.values()) + size <= stage.keep_open: held[path] = stamp, array
+    return array
 
 def converted(
     raw,    # (n, D) mapped
@@ -293,7 +301,7 @@ def quantised_blocks(
 ):          # yields (slice, Rows)
     "The rows of a shard as (slice, Rows), valid until the next."
     small = mapped(stage, "int8", shard, np.int8)
-    scale, error, norm = np.load(stage.path("bounds", shard), allow_pickle=False)
+    scale, error, norm = mapped(stage, "bounds", shard, np.float32)
     for s, values in shard_blocks(stage, shard):
         yield s, Rows(values, small[s], scale[s], error[s], norm[s], shift)
 
@@ -312,7 +320,7 @@ def quantise_shard(
             file.write(rows.quantised.data)
             bounds[:, s] = rows.scale, rows.error, rows.norm
             gaps[s] = squared_distances(X, shift[None], np.zeros(len(X), np.int32), n_threads)
-    with atomic_path(stage.path("bounds", shard)) as tmp, open(tmp, "wb") as file: np.save(file, bounds)
+    with atomic_path(stage.path("bounds", shard)) as tmp: bounds.tofile(tmp)
     return gaps
 
 def take_rows(
