@@ -26,13 +26,14 @@ _HOME = {
     "semantic_ids.relocation": "relocate",
     "semantic_ids.resolvers": "RelocationResolver SinkhornResolver",
     "semantic_ids.id_registry": "IdRegistry IdVersion",
-    "semantic_ids.interchange": "import_index write_index tokens_of",
+    "semantic_ids.interchange": "import_index to_dataset tokens_of write_index write_parquet",
     "semantic_ids.prefix_trie": "PrefixTrie PrefixConstraint",
     "semantic_ids.engine": "SemanticIdEngine",
     "semantic_ids.metrics": "evaluate evaluate_quality find_similar hierarchical_distance recall_at_k ndcg_at_k",
     "semantic_ids.report": "report load_report",
     "semantic_ids.drift": "compare",
     "semantic_ids.sweep": "sweep",
+    "semantic_ids.out_of_core": "encode_parquet fit_parquet",
 }
 _MODULE_OF = {name: f"semid.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

@@ -152,8 +152,7 @@ def _sweep(path):
 
 @contextmanager
 def atomic_path(
-    path,          # where the file shall be; missing parent folders are made
-    durable=True,  # wait for the disk; without, a machine that fails soon after may have lost the file
+    path,  # where the file shall be; missing parent folders are made
 ):
     "Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s name."
     path = Path(path)
@@ -167,9 +166,9 @@ def atomic_path(
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        if durable: flush_to_disk(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
-        if durable and os.name == "posix": flush_to_disk(path.parent)
+        if os.name == "posix": flush_to_disk(path.parent)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_config.ipynb #6bba9167
@@ -191,13 +190,12 @@ def alone_in(
 
 # %% ../nbs/00_config.ipynb #afe9044d
 def write_json(
-    path,          # where
-    value,         # plain Python: dicts, lists, strings, numbers
-    durable=True,  # wait for the disk
+    path,   # where
+    value,  # plain Python: dicts, lists, strings, numbers
 ):
     "Write `value` as JSON that people can read, whole or not at all."
     text = json.dumps(value, indent=2, allow_nan=False)
-    with atomic_path(path, durable) as temporary: temporary.write_text(text + "\n")
+    with atomic_path(path) as temporary: temporary.write_text(text + "\n")
 
 # %% ../nbs/00_config.ipynb #a1b55889
 def save_figure(

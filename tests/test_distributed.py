@@ -1,5 +1,5 @@
 "k-means over shards: the same bytes for any cut, any number of workers, and whatever dies."
-import hashlib, json, os, signal, subprocess, sys, threading, time
+import hashlib, json, os, signal, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -189,16 +189,15 @@ def test_mixed_column_types(X, tmp_path):
 
 
 def test_a_worker_dies_in_mid_iteration(data, whole, tmp_path):
-    model, killed = kmeans(tmp_path, n_workers=2), []
+    killed = []
 
-    def kill():
-        while not (tmp_path / "iter_2").exists(): time.sleep(0.002)
-        killed.append(next(iter(model._workers.ready.values()))["pid"])
-        os.kill(killed[0], signal.SIGKILL)
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    model.fit(data)
-    killer.join(5)
+    class Killing(DistributedKMeans):
+        def _write_state(self, i, *state):  # while the workers work
+            super()._write_state(i, *state)
+            if i != 2: return
+            killed.append(next(iter(self._workers.ready.values()))["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+    model = Killing(K, n_workers=2, output_dir=tmp_path, **SETTINGS).fit(data)
     assert killed and killed[0] not in [about["pid"] for about in model._workers.ready.values()]
     assert_same(model, whole)
 
@@ -321,6 +320,76 @@ def test_the_iterations_on_disk_are_bounded(data, whole, tmp_path, keep, left):
     assert most <= (keep or n) + 1
     assert not (tmp_path / "staging").exists()
     assert np.array_equal(model.cluster_centers_, whole.cluster_centers_)
+
+
+def test_all_iterations_that_stay_are_whole(data, whole, tmp_path, monkeypatch):
+    def die(*args): raise Died
+    monkeypatch.setattr(DistributedKMeans, "_finish", die)
+    with pytest.raises(Died): kmeans(tmp_path).fit(data)
+    monkeypatch.undo()
+    (tmp_path / ".iter_3_shard_0_assignments.npy.1-.tmp").write_bytes(b"of a worker that died")
+    assert_same(kmeans(tmp_path, keep_iterations=None).fit(data, resume=True), whole)
+    kinds = [{p.name.removesuffix(f"_{kind}.npy") for p in tmp_path.glob(f"iter_*_{kind}.npy")}
+             for kind in ("assignments", "ids", "distances")]
+    assert kinds[0] == kinds[1] == kinds[2] and len({name.split("_")[1] for name in kinds[0]}) >= 2
+    assert not list(tmp_path.glob(".iter_*"))
+
+
+@pytest.mark.parametrize("name", ["iter_{i}/centroids.npy", "iter_{i}_shard_2_assignments.npy"])
+def test_a_cut_file_is_named_and_what_to_do_works(data, whole, tmp_path, name, monkeypatch):
+    def die(*args): raise Died
+    monkeypatch.setattr(DistributedKMeans, "_finish", die)
+    with pytest.raises(Died): kmeans(tmp_path).fit(data)
+    monkeypatch.undo()
+    i = json.loads((tmp_path / "progress.json").read_text())["iteration"] - ("shard" in name)
+    (tmp_path / name.format(i=i)).write_bytes(b"")
+    says = rf"{name.format(i=i)} can't be read .*: remove .*/progress.json to start anew"
+    with pytest.raises(DataError, match=says): kmeans(tmp_path).fit(data, resume=True)
+    (tmp_path / "progress.json").unlink()
+    assert_same(kmeans(tmp_path).fit(data), whole)
+
+
+def test_a_map_that_stays_open_is_of_the_present_file(data, tmp_path):
+    from semid.clustering.shards import quantise_shard, quantised_blocks
+    stages = [stage_features(find_sources(data), tmp_path / name) for name in ("kept", "anew")]
+    stages[0].keep_open = 2**26
+    for value in (0, 1):
+        shift, blocks = np.full(D, value, np.float32), []
+        for stage in stages:
+            quantise_shard(stage, 0, shift)
+            blocks.append([(rows.quantised.copy(), rows.scale.copy())
+                           for _, rows in quantised_blocks(stage, 0, shift)])
+        for kept, anew in zip(*blocks, strict=True):
+            for a, b in zip(kept, anew): assert np.array_equal(a, b)
+    assert len(stages[0].open_maps) == 3 and not stages[1].open_maps
+
+
+MEMORY = """
+import sys, threading, time
+from semid.clustering.distributed import DistributedKMeans
+from semid.clustering.staged import ShardWorker
+ShardWorker.keep_open, peak = 2**20, 0
+def watch():
+    global peak
+    while True:
+        lines = [line.split() for line in open("/proc/self/status")]
+        peak = max(peak, sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssFile:")) // 1024)
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+options = dict(n_workers=1, max_iter=4, random_state=0, rows_per_shard=8192)
+DistributedKMeans(10, output_dir=sys.argv[2], **options).fit(sys.argv[1])
+print(peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_a_workers_memory_does_not_grow_with_the_rows(tmp_path):
+    peaks, rng = {}, np.random.default_rng(0)
+    for n in (40_000, 240_000):
+        write_features(tmp_path / f"{n}.parquet", range(n), rng.normal(size=(n, 128)).astype(np.float32))
+        command = [sys.executable, "-c", MEMORY, tmp_path / f"{n}.parquet", tmp_path / f"run-{n}"]
+        peaks[n] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peaks[240_000] - peaks[40_000] < 60, peaks  # 200,000 more rows and their int8 form are 122 MiB
 
 
 def test_the_saved_model_is_one_that_inference_loads(X, whole, tmp_path):

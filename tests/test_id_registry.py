@@ -12,7 +12,7 @@ from sqlalchemy.schema import CreateTable
 
 from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError, root
 from semid.features import open_features, write_features
-from semid.semantic_ids import id_publishing
+from semid.semantic_ids import id_publishing, id_registry
 from semid.semantic_ids.formatting import codes_to_ids
 from semid.semantic_ids.id_database import IDS, VERSIONS, pack_codes, unpack_codes
 from semid.semantic_ids.id_registry import IdRegistry
@@ -543,3 +543,46 @@ def test_generate_obeys_the_trie():
 def test_reading_nothing_unpickles(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\x80\x04\x95")
     with pytest.raises(DataError, match="can't be read"): read_index(tmp_path / "x.json")
+
+
+def test_adopting_meets_what_others_published_meanwhile(tmp_path, monkeypatch):
+    mine, others = (IdRegistry(tmp_path / "ids.db") for _ in range(2))
+    for registry in (mine, others): registry.adopt("v", ["x"], [[0, 0]], n_clusters=[4, 4])
+    def slow(version, *args, publish=id_publishing.publish):
+        monkeypatch.undo()
+        others.adopt("v", ["y"], [[1, 1]])
+        return publish(version, *args)
+    monkeypatch.setattr(id_registry, "publish", slow)
+    with pytest.raises(DataError, match="'y' has the ID '1-1'"): mine.adopt("v", ["z", "y"], [[3, 3], [2, 2]])
+    assert mine["v"].get("y") == "1-1" and mine["v"].get("z") is None
+
+
+def test_a_network_keeps_the_promises_of_a_registry(tmp_path):
+    from semid.semantic_ids.rq_vae import RQVAE
+    X = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
+    model = RQVAE(6, [16, 16], 4, layers=[8], epochs=2, random_state=0).fit(X)
+    registry = IdRegistry(tmp_path / "ids.db")
+    version = registry.add_version("v", model, collisions="relocate")
+    first = version.assign(range(60), X[:60])
+    every = version.assign(range(100), X, device="cpu")
+    assert every[:60] == first and len({*every}) == 100 and version.assign(range(100), X) == every
+
+
+def test_a_fork_has_connections_of_its_own(tmp_path):
+    registry = IdRegistry(tmp_path / "ids.db")
+    disposed = []
+    registry.database._engine.dispose = lambda close=True: disposed.append(close)
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        os.write(write, str(disposed).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(read, 100) == b"[False]" and not disposed
+
+
+def test_mysql_sees_no_space_at_the_end():
+    from types import SimpleNamespace
+    version = SimpleNamespace(database=SimpleNamespace(url=sa.make_url("mysql+pymysql://h/d")))
+    with pytest.raises(DataError, match="'a ' ends in a space"):
+        id_publishing._refuse_padded(version, id_publishing.item_names(["a", "a "]))
+    id_publishing._refuse_padded(version, id_publishing.item_names(["a", " b"]))

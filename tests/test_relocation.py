@@ -108,6 +108,20 @@ def test_the_least_cost_within_buckets(crowd):
 
 
 @settings(max_examples=200, deadline=None)
+@given(crowds(spare=30))
+def test_codes_of_other_buckets_change_nothing(crowd):
+    codes, X, books, taken, capacity = crowd
+    sizes = [len(book) for book in books]
+    every = np.concatenate([codes, taken])
+    full = [(every[:, :-1] == row[:-1]).all(1).sum() > capacity * sizes[-1] for row in codes]
+    if any(full): return
+    mine = [(codes[:, :-1] == row[:-1]).all(1).any() for row in taken]
+    near = taken[np.array(mine, bool)]
+    every, few = (relocate(codes, X, books, given, capacity) for given in (taken, near))
+    assert np.array_equal(every, few)
+
+
+@settings(max_examples=200, deadline=None)
 @given(crowds(shapes=[(3, 4), (4, 4), (2, 3, 3)]))
 def test_as_few_as_possible_leave_and_fine_buckets_are_left_alone(crowd):
     codes, X, books, taken, capacity = crowd
@@ -217,6 +231,61 @@ def test_a_model_of_another_kind_and_balanced_clusters():
         model = RQKMeans(**{"n_levels": 2, "n_clusters": 16, "random_state": 0} | options).fit(X)
         for resolver in (RelocationResolver(), SinkhornResolver()):
             assert len({*SemanticIdEngine(model, resolver).unique_ids(X)}) == 200
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.sampled_from(range(4)), min_size=2, max_size=4))
+def test_no_format_makes_two_items_alike(seed, forms):
+    rng = np.random.default_rng(seed)
+    for make in (RelocationResolver, SinkhornResolver):
+        engine, texts = SemanticIdEngine(MODEL, make()), []
+        for form in forms:
+            X = rng.integers(-1, 2, (5, 4)).astype(np.float32)
+            try: texts += engine.unique_ids(X, **FORMATS[form])
+            except DataError as e: assert form != forms[0] and "keep to one sep" in str(e)
+            else: assert form == forms[0]
+        assert len({*texts}) == len(texts)
+
+
+def test_another_formatter_is_noticed_after_a_restart(tmp_path):
+    X = np.random.default_rng(5).normal(size=(12, 4)).astype(np.float32)
+    for n, make in enumerate((RelocationResolver, SinkhornResolver)):
+        engine = SemanticIdEngine(MODEL, make())
+        engine.unique_ids(X, formatter=lambda row: ".".join(map(str, row)))
+        engine.save(tmp_path / str(n))
+        again = SemanticIdEngine.load(tmp_path / str(n))
+        with pytest.raises(DataError, match="keep to one sep"): again.unique_ids(-X)
+        assert len(again.unique_ids(-X, sep=".")) == 12  # the same texts, by other means
+
+
+def networks():
+    from semid import RQVAE
+    X = np.random.default_rng(6).normal(size=(120, 6)).astype(np.float32)
+    start = RQKMeans(2, 12, random_state=0).fit(X)
+    options = dict(epochs=2, batch_size=64, random_state=0)
+    return X, [RQVAE(6, [12, 12], 4, layers=[8], **options).fit(X),
+               RQVAE.from_rq_kmeans(start, layers=[8], **options).fit(X)]
+
+
+@pytest.mark.parametrize("make", [RelocationResolver, SinkhornResolver])
+def test_networks_give_unique_ids_too(make, tmp_path):
+    X, models = networks()
+    for n, model in enumerate(models):
+        engine = SemanticIdEngine(model, make())
+        first = engine.unique_ids(X[:70], item_ids=range(70))
+        engine.save(tmp_path / str(n))
+        engine = SemanticIdEngine.load(tmp_path / str(n))
+        every = engine.unique_ids(X, item_ids=range(120), device="cpu")
+        assert every[:70] == first and len({*every}) == 120
+        if make is RelocationResolver: assert {text.count("-") for text in every} == {1}
+
+
+def test_networks_relocate_as_their_latents_say():
+    X, models = networks()
+    for model in models:
+        codes, books, Z = model.encode(X), model.codebooks_, model.latents(X)
+        moved, greedy = (relocate(codes, Z, books, policy=policy) for policy in ("min_cost", "nearest"))
+        assert largest(moved) == 1 and cost_of(Z, moved, books) <= cost_of(Z, greedy, books) * (1 + 1e-12)
 
 
 RESOLVERS = RelocationResolver, SinkhornResolver, lambda: RelocationResolver("random", 2, 7)
@@ -329,9 +398,11 @@ def test_real_items(name, most):
     if not path.is_file(): pytest.skip(f"{path.name} is not here: set SEMID_DATA")
     from semid import read_features
     from semid.clustering.kmeans import normalise_rows
-    X = normalise_rows(np.asarray(read_features(path)[1], np.float32))
-    model = RQKMeans(3, 256, random_state=0).fit(X)
-    codes = model.encode(X)
-    moved, greedy = (relocate(codes, X, model.codebooks_, policy=p) for p in ("min_cost", "nearest"))
-    before, after, other = (cost_of(X, c, model.codebooks_) for c in (codes, moved, greedy))
-    assert largest(moved) == 1 and after <= before * (1 + most) and after <= other
+    stored = np.asarray(read_features(path)[1], np.float32)
+    for seed, X in itertools.product(range(3), (stored, normalise_rows(stored))):
+        model = RQKMeans(3, 256, random_state=seed).fit(X)
+        codes = model.encode(X)
+        moved, greedy = (relocate(codes, X, model.codebooks_, policy=p) for p in ("min_cost", "nearest"))
+        before, after, other = (cost_of(X, c, model.codebooks_) for c in (codes, moved, greedy))
+        assert largest(moved) == 1 and after <= other
+        assert X is not stored or after <= before * (1 + most)

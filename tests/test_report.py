@@ -216,16 +216,26 @@ def test_gaps_are_held_out_less_as_many_training_items(items):
     assert values["held_out"]["taken"][-1] == taken
 
 
-def test_an_encoder_that_decodes_no_prefix_has_errors_of_its_latents(items):
+def test_an_encoder_that_decodes_no_prefix_has_one_error(items):
     X, _, model, codes = items
     class Doubling:
-        n_clusters, codebooks_ = [16] * 3, model.codebooks_
-        def latents(self, X): return X
+        n_clusters = [16] * 3
         def decode(self, codes): return model.decode(codes) * 2
     error = report(X, codes, Doubling()).values["error"]
-    assert error["latent_relative_mse_per_level"][-1] == pytest.approx(
-        report(X, codes, model).values["error"]["relative_mse"], rel=1e-5)
     assert "relative_mse_per_level" not in error and error["relative_mse"] > .5
+
+
+def test_held_out_codes_may_be_new_where_sizes_are_guessed():
+    values = report(None, [[0, 0], [1, 1]], held_out=(None, [[2, 0]])).values
+    assert values["n_clusters"] == [3, 2] and values["held_out"]["taken"] == [0, 0]
+    with pytest.raises(DataError, match="n_clusters=2 ends at 1"):
+        report(None, [[0, 0], [1, 1]], held_out=(None, [[2, 0]]), n_clusters=2)
+
+
+def test_gaps_are_of_measures_only(items):
+    X, held_out, model, codes = items
+    gaps = report(X, codes, model, held_out=held_out).values["gaps"]
+    assert "recall" in gaps["retrieval"] and not {"k", "n_queries"} & {*gaps["retrieval"]}
 
 
 # drift

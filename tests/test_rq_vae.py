@@ -620,3 +620,18 @@ def test_unfitted():
                 lambda: m.score(X), lambda: m.latents(X), lambda: m.prefix(1)):
         with pytest.raises(NotFittedError): use()
     with pytest.raises(DataError): model(epochs=1).fit(X).decode([[8, 0]])
+
+
+def test_epochs_go_to_mlflow(tmp_path, monkeypatch):
+    import mlflow
+
+    from semid.tracking import start_run
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{tmp_path / 'mlflow.db'}")
+    model = RQVAE(6, [8, 8], 4, layers=[8], epochs=3, random_state=0)
+    with start_run("train_rq_vae") as run:
+        model.fit(np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32), log=run.log)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    metrics = {name: client.get_metric_history(run.run_id, name) for name in ("relative_mse", "perplexity.0")}
+    logged = {name: [m.value for m in sorted(each, key=lambda m: m.step)] for name, each in metrics.items()}
+    assert logged["relative_mse"] == pytest.approx(model.history_["relative_mse"])
+    assert logged["perplexity.0"] == pytest.approx([levels[0] for levels in model.history_["perplexity"]])

@@ -55,7 +55,7 @@ def train(
     tol: Tolerance = 1e-4,
     seed: KMeansSeed = 42,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what --output-dir holds.")] = False,
-    keep_iterations: Annotated[int, typer.Option(help="How many iterations stay on disk.")] = 2,
+    keep_iterations: Annotated[int, typer.Option(help="How many iterations stay on disk; all with 0.")] = 2,
     rows_per_shard: Annotated[int, typer.Option(help="Rows that a worker takes at a time, at most.")] = 65536,
     address: Address = None,
     id_column: IdColumn = "id",
@@ -69,7 +69,7 @@ def train(
     urls = _urls(data_urls, more_urls, data_urls_file)
     model = DistributedKMeans(n_clusters, n_workers=n_workers, metric=metric.value, max_iter=max_iter,
                               tol=tol, random_state=seed, output_dir=output_dir,
-                              keep_iterations=keep_iterations, rows_per_shard=rows_per_shard,
+                              keep_iterations=keep_iterations or None, rows_per_shard=rows_per_shard,
                               address=address, id_column=id_column, feature_column=feature_column,
                               max_bad_fraction=max_bad_fraction, verbose=not quiet)
     check_model_room(model_path)

@@ -22,9 +22,8 @@ from .pool import open_pool
 from .shards import Stage, find_sources, remove_stage, stage_features, take_rows
 from .shards import what_changed
 from .staged import ShardWorker, StagedRows, iteration_file, iteration_files
-from .staged import remove_iterations, save_quickly
-from ..config import ConfigError, DataError, NotFittedError, alone_in, default_threads
-from ..config import flush_to_disk, write_json
+from .staged import load_array, remove_iterations, save_array
+from ..config import ConfigError, DataError, NotFittedError, alone_in, default_threads, write_json
 
 # %% ../../nbs/clustering/12_distributed.ipynb #a4fd735d
 def _read_progress(folder):
@@ -62,11 +61,6 @@ def _same_settings(folder, settings, progress):
         if was.get(name) != value:
             raise ConfigError(f"{folder} holds a run with {name}={was.get(name)}, not {value}: use another "
                               "output_dir, or start anew in an empty one.")
-
-def _array(path):
-    try: return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise DataError(f"{path} can't be read ({e}): remove {path.parent}, and run again.") from None
 
 def _same_data(folder, sources, progress):
     if changed := what_changed(sources, progress["marks"]):
@@ -204,14 +198,13 @@ class DistributedKMeans:
                 centroids = np.ldexp(self._load_centroids(i), -power)
                 if progress["moved"] is not None: moved = np.ldexp(progress["moved"], -2 * power)
                 progress["history"] = progress["history"][:i]
-                remove_iterations(self.output_dir, -1, i)  # what followed is done again
                 if i: before = np.ldexp(progress["history"][-1]["inertia"], -2 * power)
             data.iteration, bar.n = i - 1, i
             self._loop(data, centroids, moved, before, progress, bar)
 
     def _loop(self, data, centroids, moved, before, progress, bar):
         "All iterations from here, and the last words."
-        first, at, self._noted = data.iteration + 1, time.perf_counter(), -np.inf
+        first, at = data.iteration + 1, time.perf_counter()
         most, seconds = max(self.max_iter - first, 0), []
         run = lloyd(data, centroids, self.metric, most, self.tol, self.early_stop, moved, before)
         with ThreadPoolExecutor(1) as writer:  # what is written goes to the disk while the workers work
@@ -231,15 +224,11 @@ class DistributedKMeans:
         self._finish(data, centroids, progress, "max_iter" if i - first == most else "converged")
 
     def _write_state(self, i, centroids, moved, progress, power):
-        "What a resumed run needs, on the disk twice a second at most; and room there."
-        (folder := self.output_dir / f"iter_{i}").mkdir(exist_ok=True)
-        save_quickly(folder / "centroids.npy", np.ldexp(centroids, power))
+        "What a resumed run needs, and room on the disk."
+        save_array(self.output_dir / f"iter_{i}" / "centroids.npy", np.ldexp(centroids, power))
         progress |= {"status": "running", "iteration": i}
         progress["moved"] = float(np.ldexp(moved, 2 * power)) if np.isfinite(moved) else None
-        if durable := time.monotonic() > self._noted + 0.5:
-            for path in (folder / "centroids.npy", folder): flush_to_disk(path)
-            self._noted = time.monotonic()
-        write_json(self.output_dir / "progress.json", progress, durable)
+        write_json(self.output_dir / "progress.json", progress)
         if self.keep_iterations is not None: remove_iterations(self.output_dir, i - self.keep_iterations)
 
     def _note(self, data, centroids, progress):
@@ -255,10 +244,11 @@ class DistributedKMeans:
         exact = data.measure(centroids, last)
         if self.keep_iterations is not None:
             remove_iterations(self.output_dir, last - self.keep_iterations + 1)
-            for i in {i for i, _ in iteration_files(self.output_dir)} - {last}:
+        for path in self.output_dir.glob(".iter_*.tmp"): path.unlink()  # of workers that died
+        for i in {i for i, _ in iteration_files(self.output_dir)} - {last}:
+            shards = range(len(data.stage.sizes))
+            if not all(iteration_file(self.output_dir, i, w, "distances").exists() for w in shards):
                 data.measure(np.ldexp(self._load_centroids(i), -power), i)
-        for folder in {path for _, path in iteration_files(self.output_dir) if path.is_dir()}:
-            for path in (folder / "centroids.npy", folder): flush_to_disk(path)
         progress |= {"inertia": float(np.ldexp(exact, 2 * power)), "n_shards": len(data.stage.sizes)}
         write_json(self.output_dir / "progress.json", progress | {"status": "finished", "stopped": stopped})
 
@@ -272,7 +262,7 @@ class DistributedKMeans:
         return self
 
     def _load_centroids(self, i):
-        return _array(self.output_dir / f"iter_{i}" / "centroids.npy")
+        return load_array(self.output_dir / f"iter_{i}" / "centroids.npy", self.output_dir)
 
     def _fitted(self):
         if not hasattr(self, "cluster_centers_"):
@@ -284,7 +274,7 @@ class DistributedKMeans:
         for shard in range(self._n_shards):
             kinds = "ids", "assignments", "distances"
             paths = [iteration_file(self.output_dir, self.n_iter_, shard, kind) for kind in kinds]
-            yield tuple(map(_array, paths))
+            yield tuple(load_array(path, self.output_dir) for path in paths)
 
     @property
     def labels_(self) -> np.ndarray:

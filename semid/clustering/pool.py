@@ -12,8 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import ConfigError, SemidError
 
 # %% ../../nbs/clustering/10_pool.ipynb #605a4728
@@ -137,8 +135,9 @@ class _JobRun:
 
     def _most(self):
         "How many items a message brings: one, or as many as are worth one where they are alike and short."
+        if self.kind not in self.pool.seconds: return 1
         share = math.ceil(len(self.waiting) / max(len(self.pool.ready), 1))
-        return max(min(share, int(self.pool.message / self.pool.seconds.get(self.kind, np.inf))), 1)
+        return max(min(share, int(self.pool.message / self.pool.seconds[self.kind])), 1)
 
     def _hand_out(self):
         "Items for every worker that is ready, then some to wait for it; results come with the last ones."
@@ -164,6 +163,7 @@ class _JobRun:
         asked = {w: w.result.remote() for w in self.done if w not in self.results} if self.gather else {}
         for worker, ref in asked.items():
             try: self.results[worker] = self.ray.get(ref)
+            except self.ray.exceptions.RayTaskError as e: raise e.cause from None
             except self.ray.exceptions.RayError as e: self._died(worker, e)
         return not self.waiting
 
@@ -184,7 +184,7 @@ class _JobRun:
                 else: self._finish(worker, few, *value)
 
     def _finish(self, worker, few, seconds, result):
-        self.pool.seconds[self.kind] = seconds
+        if self.kind: self.pool.seconds[self.kind] = seconds
         self.done.setdefault(worker, []).extend(few if self.gather else [])
         self.finished_once += 0 if self.gather else len(few)
         reached = sum(map(len, self.done.values())) if self.gather else self.finished_once

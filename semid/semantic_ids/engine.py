@@ -193,7 +193,8 @@ class SemanticIdEngine:
         semantic_ids = to_ids(codes, sep=sep, fmt=fmt, formatter=formatter)
         more = _given(item_ids=item_ids)
         if getattr(self.unique_resolver, "needs_model", False):
-            more |= dict(embeddings=X, model=self.encoder, codes=codes, fmt=fmt, formatter=formatter)
+            more |= dict(embeddings=X, model=self.encoder, codes=codes, fmt=fmt, formatter=formatter,
+                         device=device)
         return self.unique_resolver.assign(semantic_ids, sep=sep, **more)
 
     def save(

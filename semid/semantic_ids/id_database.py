@@ -7,7 +7,7 @@ __all__ = ['LONGEST_ITEM', 'VERSIONS', 'IDS', 'PORTION', 'digit_widths', 'pack_c
            'fetch', 'fetch_in']
 
 # %% ../../nbs/semantic_ids/14_id_database.ipynb #f5f08b29
-import random, time
+import os, random, time, weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +178,10 @@ class Database:
     ):
         self.url = _url(url)
         self._engine = _engine(self.url, timeout)
+        ours = weakref.ref(self._engine)
+        def let_go():  # a forked process must not talk over its parent's connections
+            if engine := ours(): engine.dispose(close=False)
+        if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=let_go)
         with _errors(self.url): _prepare(self._engine, timeout)
     def __repr__(self): return f"Database({_shown(self.url)!r})"
     @contextmanager

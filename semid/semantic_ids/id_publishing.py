@@ -214,6 +214,7 @@ class Batch:
     codes: np.ndarray            # (N, L)
     slots: Any = None            # (N,) where they are settled already
     latents: Any = None          # (N, d) where items may have to move
+    settled: bool = False        # an item that is known must have these codes and slots
     def take(
         self,
         rows,  # (n,) row numbers
@@ -294,10 +295,21 @@ def _insert(version, connection, batch, packed, slots, start, progress):
             connection.execute(sa.insert(IDS), [dict(zip(keys, (version.key, *row))) for row in values])
             bar.update(len(rows))
 
+def _check_unmoved(version, batch, had, slots):
+    "Refuse to give another ID to an item that has one."
+    moved = had != pack_codes(batch.codes, version.n_clusters)
+    if batch.slots is not None: moved |= slots != batch.slots
+    if not len(rows := np.flatnonzero(moved & ~is_none(had))): return
+    row = rows[:1]
+    text = spell(version, unpack_codes(had[row], version.n_clusters), slots[row])[0]
+    item = batch.names[int(row[0])].as_py()
+    raise DataError(f"The item {item!r} has the ID {text!r}, and a published ID never moves.")
+
 def _publish_once(version, connection, batch, progress):
     "Packed codes and slots of a batch, after what was new in it has been written."
     start = version.count(connection, lock=True)
     packed, slots = find(version, connection, batch.names)
+    if batch.settled: _check_unmoved(version, batch, packed, slots)
     if len(rows := np.flatnonzero(is_none(packed))):
         new = batch.take(rows)
         packed[rows], slots[rows] = _free(version, connection, new)
@@ -305,6 +317,13 @@ def _publish_once(version, connection, batch, progress):
         connection.execute(sa.update(VERSIONS).where(VERSIONS.c.version == version.key)
                            .values(n_items=start + len(rows)))
     return packed, slots
+
+def _refuse_padded(version, names):
+    "MySQL takes `a` and `a ` for the same."
+    if version.database.url.get_backend_name() not in ("mysql", "mariadb"): return
+    if not pc.any(padded := pc.ends_with(names, " ")).as_py(): return
+    raise DataError(f"The item {names.filter(padded)[0].as_py()!r} ends in a space, which MySQL does not "
+                    "see: leave the space out, or use another database.")
 
 def publish(
     version,
@@ -314,6 +333,7 @@ def publish(
 ):                   # (N,) packed codes, (N,) slots
     "Publish a batch, all of it or nothing; what others published meanwhile stands."
     check_fit(version, batch.codes)
+    _refuse_padded(version, batch.names)
     for attempt in range(attempts):
         try:
             with version.database.transaction(write=True) as connection:

@@ -20,10 +20,11 @@ from ..config import ConfigError, DataError, ShapeMismatchError
 from .encoding import ids_table
 from .formatting import check_codes, check_format, check_separator, codes_to_ids
 from .id_database import (
-    IDS, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, under, unpack_codes)
+    IDS, VERSIONS, Database, digit_widths, fetch, fetch_in, under, unpack_codes)
 from semid.semantic_ids.id_publishing import (
     Batch, Version, find, id_keys, id_prefix, is_none, item_names, progress_bar, publish, refuse_repeats,
     select_ids, spell)
+from .relocation import latents_of
 
 # %% ../../nbs/semantic_ids/16_id_registry.ipynb #8926449a
 def _encode(version, X, rows, device, batch_size, progress):
@@ -36,7 +37,7 @@ def _encode(version, X, rows, device, batch_size, progress):
         for start in range(0, len(rows), batch_size):
             some = X[rows[start:start + batch_size]]
             codes.append(check_codes(model.encode(some, **given)))
-            if relocates: latents.append(model.latents(some))
+            if relocates: latents.append(latents_of(model, some, device))
             bar.update(len(some))
     return np.concatenate(codes), np.concatenate(latents) if relocates else None
 
@@ -270,7 +271,8 @@ class IdRegistry:
         sep=None, fmt=None,
     ) -> IdVersion:
         "Publish IDs that were made elsewhere, as they are; DataError if one contradicts a published one."
-        batch = Batch(item_names(items), check_codes(codes), None if slots is None else np.asarray(slots))
+        slots = None if slots is None else np.asarray(slots)
+        batch = Batch(item_names(items), check_codes(codes), slots, settled=True)
         if len(batch.codes) != len(batch.names):
             raise ShapeMismatchError(f"{len(batch.names)} items, {len(batch.codes)} codes: one each.")
         refuse_repeats(batch.names)
@@ -283,7 +285,6 @@ class IdRegistry:
         fingerprint = _NO_MODEL if model is None else model.fingerprint()
         version = self._add(name, fingerprint, n_clusters, dict(collisions=collisions, sep=sep, fmt=fmt))
         if model is not None: self._models[name] = version.model = model
-        _check_unmoved(version, batch)
         publish(version, batch)
         return version
 
@@ -367,14 +368,4 @@ def _settle(batch, collisions):
     one, other = (batch.names[i].as_py() for i in (int(first[of.ravel()[row]]), row))
     raise DataError(f"The items {one!r} and {other!r} have the same ID: use collisions='share' to keep it.")
 
-def _check_unmoved(version, batch):
-    "Refuse to give another ID to an item that has one."
-    with version.database.transaction() as connection: had, slots = find(version, connection, batch.names)
-    moved = had != pack_codes(batch.codes, version.n_clusters)
-    if batch.slots is not None: moved |= slots != batch.slots
-    if not len(rows := np.flatnonzero(moved & ~is_none(had))): return
-    row = rows[:1]
-    text = spell(version, unpack_codes(had[row], version.n_clusters), slots[row])[0]
-    item = batch.names[int(row[0])].as_py()
-    raise DataError(f"The item {item!r} has the ID {text!r}, and a published ID never moves.")
 

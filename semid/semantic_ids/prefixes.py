@@ -176,7 +176,11 @@ def prefix_rows(
     if items.null_count: raise DataError(f"{items.null_count} items of the sequences or pairs are null.")
     if ids is not None:
         known = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else pa.array(ids)
-        found = pc.index_in(items.cast(known.type), value_set=known)
+        try: items = items.cast(known.type)
+        except pa.ArrowInvalid:
+            raise DataError(f"Items of sequences or pairs are {items.type} and the ids {known.type}: give "
+                            "both alike.") from None
+        found = pc.index_in(items, value_set=known)
         if found.null_count:
             example = items.filter(pc.is_null(found))[0].as_py()
             raise DataError(f"{found.null_count} items of sequences or pairs are not among the ids, such as "

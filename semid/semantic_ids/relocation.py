@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PlacedItems', 'keys_of', 'grouped_by_key', 'counts_by_key', 'ranks_by_key', 'place_items', 'checked_codes',
-           'checked_latents', 'check_policy', 'relocate']
+           'checked_latents', 'check_policy', 'latents_of', 'relocate']
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #28e97937
-import math
+import inspect, math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -285,12 +285,28 @@ def check_policy(
     if policy not in _POLICIES: raise ConfigError(f"Unknown policy {policy!r}: use {', '.join(_POLICIES)}.")
     check_whole(1, capacity=capacity)
 
+def latents_of(
+    model,        # has `latents`
+    X,            # (N, D) vectors
+    device=None,  # where to compute; the model's own choice when None, or where it has none
+) -> np.ndarray:  # (N, d)
+    "What a model's codebooks quantise."
+    takes = device is not None and "device" in inspect.signature(model.latents).parameters
+    return model.latents(X, **({"device": device} if takes else {}))
+
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #b85c1643
 def _in_crowded_buckets(codes, given, sizes, capacity):
     "Which rows share their first L - 1 codes with a code that too many have."
     every, n = np.concatenate([codes, given]), len(codes)
     prefix = keys_of(every[:, :-1], sizes)[:n]
     return np.isin(prefix, prefix[counts_by_key(keys_of(every, sizes))[:n] > capacity])
+
+def _that_matter(codes, given, sizes, capacity):
+    "The codes given out before that share a bucket with new ones; all of them where a bucket may overflow."
+    prefix = keys_of(np.concatenate([codes, given])[:, :-1], sizes)
+    near = np.isin(prefix, np.unique(prefix[:len(codes)]))
+    fits = counts_by_key(prefix[near]).max() <= capacity * sizes[-1]
+    return given[near[len(codes):]] if fits else given
 
 def _own_order(codes, vectors, sizes):
     "Rows by code, then by the bytes of their vectors."
@@ -314,6 +330,7 @@ def relocate(
     codes, vectors, books, prices = checked_latents(codes, latents, codebooks, prices)
     sizes, capacity = [len(book) for book in books], int(capacity)
     given = checked_codes([] if taken is None else taken, sizes, "taken")
+    given = _that_matter(codes, given, sizes, capacity)
     given = given[ranks_by_key(keys_of(given, sizes)) < capacity]
     if len(codes) + len(given) > (places := capacity * math.prod(sizes)):
         raise DataError(f"{len(codes)} items and {len(given)} given out before are more than the {places} "

@@ -66,22 +66,15 @@ def _of_encoder(x, codes, encoder):
     if hasattr(encoder, "prefix") and error:
         shorter = [relative_mse(x, encoder.prefix(n).decode(codes[:, :n])) for n in range(1, L)]
         error["relative_mse_per_level"] = [*shorter, error["relative_mse"]]
-    elif hasattr(encoder, "latents") and len(getattr(encoder, "codebooks_", ())) >= L:
-        error["latent_relative_mse_per_level"] = _latent_errors(encoder.latents(x), codes, encoder.codebooks_)
     return {"error": error} if error else {}
 
-def _latent_errors(latents, codes, codebooks):
-    "Relative error of the latents after each level."
-    so_far, errors = np.zeros(np.shape(latents), np.float32), []
-    for column, codebook in zip(codes.T, codebooks):
-        so_far += np.asarray(codebook)[column]
-        errors.append(relative_mse(latents, so_far))
-    return errors
-
 # %% ../../nbs/semantic_ids/21_report.ipynb #2b690a10
+_SETTINGS = "k", "n_queries", "n_groups"  # numbers that measure nothing
+
 def _differences(a, b):
-    "a - b, number by number, where both have one."
-    if isinstance(a, dict): return {key: _differences(a[key], b[key]) for key in a if key in b}
+    "a - b, measure by measure, where both have one."
+    if isinstance(a, dict):
+        return {key: _differences(a[key], b[key]) for key in a if key in b and key not in _SETTINGS}
     if isinstance(a, list): return [_differences(*pair) for pair in zip(a, b)]
     return None if a is None or b is None else a - b
 
@@ -103,9 +96,9 @@ def _unseen(held_out, encoder, n_levels):
     return x, codes
 
 # %% ../../nbs/semantic_ids/21_report.ipynb #8ff2b85e
-def _held_out(x, codes, held_out, encoder, seed, all_of):
+def _held_out(x, codes, unseen, encoder, seed, all_of):
     "Sections `held_out` and `gaps`, and the measures of as many training items."
-    new_x, new = _unseen(held_out, encoder, codes.shape[1])
+    new_x, new = unseen
     if new_x is not None: new_x = as_seen(new_x, encoder, "held_out")
     found = {"n_items": len(new), "taken": _taken(codes, new)} | all_of(new_x, new, encoder)
     m, random = min(len(codes), len(new)), np.random.default_rng(seed)
@@ -156,9 +149,8 @@ def _panels(values, counts):
 
 def _error_lines(values):
     parts = {"training items": values, "held-out items": values.get("held_out", {})}
-    names = "relative_mse_per_level", "latent_relative_mse_per_level"
-    return {label: found[name] for label, part in parts.items() for name in names
-            if name in (found := part.get("error", {}))}
+    return {label: part["error"]["relative_mse_per_level"] for label, part in parts.items()
+            if "relative_mse_per_level" in part.get("error", {})}
 
 def _held_out_rows(values):
     "Pairs of shares, of as many training items and of held-out ones."
@@ -245,7 +237,7 @@ _LEVELS = {"collision rate": ("collisions", "collision_rate"),
            "cosine in prefix": ("cohesion", "pairs"), "SC": ("cohesion", "groups"),
            "purity": ("purity", "shared"), "recall": ("retrieval", "recall"), "NDCG": ("retrieval", "ndcg"),
            "relative MSE": ("error", "relative_mse_per_level"),
-           "relative MSE of latents": ("error", "latent_relative_mse_per_level"), "lift": ("lift", "lift"),
+           "lift": ("lift", "lift"),
            "held out: taken": ("held_out", "taken")}
 
 def _markdown(values):
@@ -308,7 +300,8 @@ def report(
     codes = as_codes(codes)
     x = None if X is None else as_pair(as_seen(X, encoder), codes)[0]
     given = n_clusters if n_clusters is not None else codebook_sizes(encoder, codes.shape[1])
-    sizes = fitting_sizes(given, codes)
+    unseen = None if held_out is None else _unseen(held_out, encoder, codes.shape[1])
+    sizes = fitting_sizes(given, codes if unseen is None else np.concatenate([codes, unseen[1]]))
     def all_of(x, codes, encoder, near=None):
         vectors = {} if x is None else _of_vectors(x, codes, k, sample_size, seed, near)
         errors = {} if x is None or encoder is None else _of_encoder(x, codes, encoder)
@@ -319,8 +312,8 @@ def report(
     if labels is not None: values["purity"] = prefix_purity(codes, labels)
     together = _together(sequences, pairs, ids)
     if together is not None: values["lift"] = co_occurrence_lift(codes, together)
-    if held_out is not None:
-        parts = _held_out(x, codes, held_out, encoder, seed, all_of)
+    if unseen is not None:
+        parts = _held_out(x, codes, unseen, encoder, seed, all_of)
         values |= zip(("held_out", "training_sample", "gaps"), parts)
         values["gaps"]["error"] = _differences(values["held_out"].get("error", {}), values.get("error", {}))
     return Report(values, [np.sort(items)[::-1] for items in counts_per_level(codes, sizes)])

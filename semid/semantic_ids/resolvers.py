@@ -17,9 +17,9 @@ import numpy as np
 from ..clustering.kmeans import check_number, check_whole
 from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchError, atomic_path
 from .formatting import codes_to_ids
-from semid.semantic_ids.relocation import (
+from .relocation import (
     PlacedItems, check_policy, checked_codes, checked_latents, counts_by_key, grouped_by_key, keys_of,
-    place_items, relocate)
+    latents_of, place_items, relocate)
 from .uniqueness import (
     BaseResolver, UniqueIdResolver, check_item_ids, check_semantic_ids)
 
@@ -31,6 +31,7 @@ class _CodeResolver(BaseResolver):
     def __init__(self):
         self._lock = threading.RLock()
         self._codes = np.empty((0, 0), np.int32)  # all that were given out, (M, L)
+        self._texts: list[str] = []               # how the first of them were written
         self._model: str | None = None            # fingerprint of the model whose codes these are
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in self._settings)})"
@@ -38,7 +39,7 @@ class _CodeResolver(BaseResolver):
     def __setstate__(self, state): self.__dict__ |= {**state, "_lock": threading.RLock()}
     def assign(
         self,
-        semantic_ids,     # N strings: the IDs before, which are written anew where codes change
+        semantic_ids,     # N strings, which are counted: the IDs are written from the codes
         item_ids=None,    # N strings or integers: an item that comes again keeps its ID
         sep="-",          # as in `codes_to_ids`; also before a suffix
         *,
@@ -47,7 +48,7 @@ class _CodeResolver(BaseResolver):
         codes=None,       # (N, L) its codes of the vectors; encoded here when None
         fmt="plain",      # as in `codes_to_ids`
         formatter=None,   # one row of codes (L,) -> its ID; overrules sep and fmt
-        device=None,      # where to encode, where codes are not given
+        device=None,      # where the model computes; its own choice when None
         **kwargs,
     ) -> list[str]:       # N strings
         "IDs that no other item has. All N are taken, or none."
@@ -62,6 +63,7 @@ class _CodeResolver(BaseResolver):
             raise ConfigError(f"{type(self).__name__} needs a fitted model with latents and codebooks_, "
                               f"which this {type(model).__name__} is not.")
         if codes is None: codes = model.encode(embeddings, **({} if device is None else {"device": device}))
+        latents = np.asarray(latents_of(model, embeddings, device))
         if len(codes) != len(keys):
             raise ShapeMismatchError(f"{len(codes)} codes for {len(keys)} semantic IDs: one each.")
         to_ids = getattr(model, "semantic_id", codes_to_ids)
@@ -74,9 +76,18 @@ class _CodeResolver(BaseResolver):
             if len(self._codes) and mark != self._model:
                 raise DataError("The IDs given out so far are of another model: use a new resolver for a new "
                                 "model.")
-            ids = self._assign(np.asarray(codes), np.asarray(model.latents(embeddings)), model, names, write)
+            self._check_format(write)
+            ids = self._assign(np.asarray(codes), latents, model, names, write)
+            if len(self._texts) < 100: self._texts = write(self._codes[:100])
             self._model = mark
             return ids
+    def _check_format(self, write):
+        "Refuse another way to write codes than that of the IDs so far: two items could be written alike."
+        now = write(self._codes[:len(self._texts)]) if self._texts else []
+        for then, text in zip(self._texts, now):
+            if then != text:
+                raise DataError(f"The ID {then!r} was given out, and would now be {text!r}: keep to one sep, "
+                                "fmt and formatter, or use a new resolver.")
     @abstractmethod
     def _assign(self, codes, latents, model, names, write) -> list[str]: "The IDs, one a row."
     def _new(self, names, known, n):
@@ -92,7 +103,7 @@ def _save_resolver(resolver, folder):
     with resolver._lock:
         settings = {name: getattr(resolver, name) for name in resolver._settings}
         text = json.dumps({"type": type(resolver).__name__, "settings": settings, "model": resolver._model,
-                           **resolver._memory()})
+                           "texts": resolver._texts, **resolver._memory()})
         with atomic_path(Path(folder) / "resolver.npz") as temporary, open(temporary, "wb") as f:
             np.savez(f, codes=resolver._codes, memory=np.frombuffer(text.encode(), np.uint8))
 
@@ -106,8 +117,11 @@ def _load_resolver(cls, folder):
         if memory["type"] != cls.__name__: raise ValueError(f"it is of a {memory['type']}")
         fine = codes.dtype == np.int32 and codes.ndim == 2 and codes.min(initial=0) >= 0
         if not fine: raise ValueError("it holds no codes")
+        texts = memory["texts"]
+        fine = len(texts) == min(len(codes), 100) and {*map(type, texts)} <= {str}
+        if not fine: raise ValueError("it has no IDs")
         resolver = cls(**{name: memory["settings"][name] for name in cls._settings})
-        resolver._codes, resolver._model = codes, memory["model"]
+        resolver._codes, resolver._texts, resolver._model = codes, texts, memory["model"]
         resolver._remember(memory)
     except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile,
             zlib.error, RuntimeError) as e:
@@ -199,7 +213,7 @@ class SinkhornResolver(_CodeResolver):
     _settings = "max_iterations", "sk_epsilon", "fallback_suffix"
     def __init__(
         self,
-        max_iterations=20,     # rounds of re-encoding
+        max_iterations=20,     # rounds of a plan and of seating by it, at most
         sk_epsilon=None,       # entropy, relative to the spread of the distances; 0.003 when None
         fallback_suffix=True,  # a suffix for what is still in collision
     ):

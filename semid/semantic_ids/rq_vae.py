@@ -217,7 +217,7 @@ class RQVAE:
         cls,
         model,      # fitted RQKMeans
         **options,  # more arguments: layers, lr, epochs, …
-    ) -> "RQVAE":   # gives the codes nearest in its codebooks, and better ones after `fit`
+    ) -> "RQVAE":   # gives the codes nearest in its codebooks; `fit` keeps it unless it finds a better one
         "RQ-KMeans+: a residual network around the codebooks of RQ-KMeans; prices are not kept."
         model._fitted()
         dim = model.codebooks_[0].shape[1]

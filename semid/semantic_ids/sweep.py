@@ -106,6 +106,4 @@ def load_point(
     point = Point(row["implementation"], int(row["n_clusters"]), slack, int(row["seed"]))
     if point.implementation not in MODELS: raise ModelFormatError(f"Nobody knows how to load {point.name}.")
     model = MODELS[point.implementation].load(Path(folder) / point.name)
-    if row["n_levels"] == model.n_levels: return model
-    if hasattr(model, "prefix"): return model.prefix(row["n_levels"])
-    raise ConfigError(f"{point.name} has no prefix model: keep {row['n_levels']} columns of its codes.")
+    return model if row["n_levels"] == model.n_levels else model.prefix(row["n_levels"])
