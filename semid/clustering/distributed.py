@@ -245,8 +245,8 @@ class DistributedKMeans:
         if self.keep_iterations is not None:
             remove_iterations(self.output_dir, last - self.keep_iterations + 1)
         for path in self.output_dir.glob(".iter_*.tmp"): path.unlink()  # of workers that died
+        shards = range(len(data.stage.sizes))
         for i in {i for i, _ in iteration_files(self.output_dir)} - {last}:
-            shards = range(len(data.stage.sizes))
             if not all(iteration_file(self.output_dir, i, w, "distances").exists() for w in shards):
                 data.measure(np.ldexp(self._load_centroids(i), -power), i)
         progress |= {"inertia": float(np.ldexp(exact, 2 * power)), "n_shards": len(data.stage.sizes)}

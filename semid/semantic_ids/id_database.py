@@ -169,6 +169,14 @@ def _prepare(
             time.sleep(0.02 + 0.05 * random.random())
 
 # %% ../../nbs/semantic_ids/14_id_database.ipynb #908d8b4b
+_ENGINES: weakref.WeakSet = weakref.WeakSet()
+
+def _let_go():
+    "A forked process must not talk over its parent's connections."
+    for engine in _ENGINES: engine.dispose(close=False)
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_let_go)
+
 class Database:
     "Where the tables of a registry are."
     def __init__(
@@ -178,10 +186,7 @@ class Database:
     ):
         self.url = _url(url)
         self._engine = _engine(self.url, timeout)
-        ours = weakref.ref(self._engine)
-        def let_go():  # a forked process must not talk over its parent's connections
-            if engine := ours(): engine.dispose(close=False)
-        if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=let_go)
+        _ENGINES.add(self._engine)
         with _errors(self.url): _prepare(self._engine, timeout)
     def __repr__(self): return f"Database({_shown(self.url)!r})"
     @contextmanager

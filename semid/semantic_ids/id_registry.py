@@ -24,7 +24,6 @@ from .id_database import (
 from semid.semantic_ids.id_publishing import (
     Batch, Version, find, id_keys, id_prefix, is_none, item_names, progress_bar, publish, refuse_repeats,
     select_ids, spell)
-from .relocation import latents_of
 
 # %% ../../nbs/semantic_ids/16_id_registry.ipynb #8926449a
 def _encode(version, X, rows, device, batch_size, progress):
@@ -37,7 +36,7 @@ def _encode(version, X, rows, device, batch_size, progress):
         for start in range(0, len(rows), batch_size):
             some = X[rows[start:start + batch_size]]
             codes.append(check_codes(model.encode(some, **given)))
-            if relocates: latents.append(latents_of(model, some, device))
+            if relocates: latents.append(model.latents(some, **given))
             bar.update(len(some))
     return np.concatenate(codes), np.concatenate(latents) if relocates else None
 

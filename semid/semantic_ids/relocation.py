@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PlacedItems', 'keys_of', 'grouped_by_key', 'counts_by_key', 'ranks_by_key', 'place_items', 'checked_codes',
-           'checked_latents', 'check_policy', 'latents_of', 'relocate']
+           'checked_latents', 'check_policy', 'relocate']
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #28e97937
-import inspect, math
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -284,15 +284,6 @@ def check_policy(
     "Raise ConfigError if there is no such policy or capacity."
     if policy not in _POLICIES: raise ConfigError(f"Unknown policy {policy!r}: use {', '.join(_POLICIES)}.")
     check_whole(1, capacity=capacity)
-
-def latents_of(
-    model,        # has `latents`
-    X,            # (N, D) vectors
-    device=None,  # where to compute; the model's own choice when None, or where it has none
-) -> np.ndarray:  # (N, d)
-    "What a model's codebooks quantise."
-    takes = device is not None and "device" in inspect.signature(model.latents).parameters
-    return model.latents(X, **({"device": device} if takes else {}))
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #b85c1643
 def _in_crowded_buckets(codes, given, sizes, capacity):

@@ -176,6 +176,7 @@ class RQKMeans:
         self,
         X,             # (N, D) floats
         first=0,       # number of the first row in errors
+        device=None,   # as for RQVAE; nothing is computed that would need one
     ) -> np.ndarray:   # (N, D) float32
         "What the codebooks quantise: the rows of X, of length 1 for cosine."
         self._fitted()
