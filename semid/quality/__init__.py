@@ -1,0 +1,1 @@
+"Damage: made on purpose, measured, and found."

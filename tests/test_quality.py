@@ -1,0 +1,111 @@
+"Quality models: a killed run ends as a whole one, the documented calls work, Ray gives the same rows."
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from semid.collection import collect, open_collection
+from semid.images import image_bytes, read_image
+from semid.quality.degradations import degrade, random_damage
+from semid.quality.model import QualityAssessmentInference
+from semid.quality.refiner import VisualDegradationsRefiner
+
+SEMID = str(Path(sys.executable).with_name("semid"))
+TRAIN = "quality train --collection scenes --epochs 4 --per-epoch 96 --width 4 -q --output-path".split()
+
+
+def semid(*words, cwd, check=True):
+    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A small collection, and a model that was trained on it for a moment."
+    folder = tmp_path_factory.mktemp("pictures")
+    collect("scenes", folder / "scenes", n=300, side=64, damage=random_damage, progress=False)
+    semid(*TRAIN, "model", cwd=folder)
+    return folder
+
+
+def test_the_documented_commands(project, tmp_path):
+    "Arrays in, a model out, scores of a folder; where there was a pickle there is a folder."
+    rng = np.random.default_rng(0)
+    labels = rng.random(64)
+    noise = 100 * (1 - labels)[:, None, None, None] * rng.normal(size=(64, 48, 48, 3))
+    images = (128 + noise).clip(0, 255).astype(np.uint8)
+    np.save(tmp_path / "train_images.npy", images)
+    np.save(tmp_path / "train_labels.npy", labels)
+    semid("quality", "train", "--train_images", "train_images.npy", "--train_labels", "train_labels.npy",
+          "--output_path", "./models/quality_assessment/quality_model", "--epochs", 10, "--batch_size", 32,
+          "--device", "cpu", "-q", cwd=tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(3): Image.fromarray(images[i]).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "cut.jpg").write_bytes(image_bytes(Image.new("RGB", (300, 300)))[:200])
+    semid("quality", "score", "--model-path", "models/quality_assessment/quality_model", "images/",
+          "--output", "scores.parquet", "-q", cwd=tmp_path)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert [Path(name).name for name in table["id"].to_pylist()] == ["0.png", "1.png", "2.png", "cut.jpg"]
+    broken = [False, False, False, True]
+    assert table["score"].is_null().to_pylist() == table["error"].is_valid().to_pylist() == broken
+    inference = QualityAssessmentInference(
+        model_path=tmp_path / "models/quality_assessment/quality_model", device="cpu")
+    score = inference.predict_from_bytes((tmp_path / "images" / "0.png").read_bytes())
+    assert score == pytest.approx(table["score"][0].as_py(), abs=1e-5)
+
+
+def test_a_killed_training_ends_as_a_whole_one(project):
+    words = [*TRAIN, "killed"]
+    checkpoint = project / "killed" / "checkpoint.safetensors"
+    running = subprocess.Popen([SEMID, *words], cwd=project, stderr=subprocess.DEVNULL)
+    while not checkpoint.exists(): time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert checkpoint.exists() and not (project / "killed" / "model.safetensors").exists()
+    assert "resume" in semid(*words, cwd=project, check=False).stderr
+    semid(*words, "--resume", cwd=project)
+    semid(*TRAIN, "whole", cwd=project)
+    weights = [(project / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1]
+    assert not checkpoint.exists()
+
+
+def test_ray_gives_the_same_rows(project, local_ray):
+    collection = open_collection(project / "scenes")
+    here = VisualDegradationsRefiner(project / "model", device="cpu", progress=False).refine(collection)
+    spread = VisualDegradationsRefiner(project / "model", device="cpu", n_workers=2).refine(collection)
+    assert here.table.drop_columns(["score"]).select(["id", "split", "status"]).equals(
+        spread.table.select(["id", "split", "status"]))
+    for name in ("score", *here.table.column_names[7:]):
+        a, b = here.table[name].to_numpy(), spread.table[name].to_numpy()
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_one_broken_picture_of_64_costs_itself(project):
+    model = QualityAssessmentInference(project / "model")
+    good = next(open_collection(project / "scenes").records())["image"]["bytes"]
+    found = model.assess([good] * 31 + [b"GIF89a broken"] + [good] * 32)
+    assert sum(one.score is not None for one in found) == 63
+    assert found[31].error and not any(one.error for i, one in enumerate(found) if i != 31)
+
+
+def test_a_mirror_changes_little_and_order_nothing(project):
+    model = QualityAssessmentInference(project / "model")
+    pictures = [read_image(r["image"]["bytes"]) for r in open_collection(project / "scenes").records("test")]
+    scores = np.array(model.predict(pictures))
+    np.testing.assert_allclose(model.predict(pictures[::-1]), scores[::-1], atol=1e-5)
+    alone = [model.predict([picture])[0] for picture in pictures]
+    np.testing.assert_allclose(alone, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (31, 33), (1200, 900)])
+def test_pictures_of_any_size(project, size):
+    picture = Image.effect_noise(size, 80).convert("RGB")
+    score, = QualityAssessmentInference(project / "model").predict([degrade(picture, "jpeg", 1)])
+    assert 0 <= score <= 1
