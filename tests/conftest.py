@@ -1,12 +1,20 @@
 "What several tests share."
-import subprocess, sys, tarfile
+import os, subprocess, sys, tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from semid.clustering.pool import start_ray
+from semid.ray_cluster import start_ray
 
 SDIST = "semantic-id==0.2.5"
+DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def real_data(name):
+    "The path of a file of real vectors; where it is not there, the test is skipped."
+    if not (DATA / name).is_file(): pytest.skip(f"{name} is not here: set SEMID_DATA")
+    return DATA / name
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,28 @@
 "Balanced clusters: bounds hold, nothing is cheaper, and the prices prove it, whatever the data."
-from pathlib import Path
+import hashlib, json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from conftest import real_data
 from hypothesis import given, settings, strategies as st
+from safetensors import numpy as safetensors
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import csr_array, vstack
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from semid import KMeans, RQKMeans
+import semid
+from semid import KMeans, KMeansInference, RQKMeans, SemanticDeduplicator, read_features, write_features
 from semid.clustering.balanced import (BalancedKMeans, assign_costs_with_bounds, assign_with_bounds,
                                        optimality_gap)
-from semid.clustering.nearest import nearest
-from semid.config import ConfigError, DataError, NotFittedError, SemidError, ShapeMismatchError
+from semid.clustering.mapping import assign_parquet
+from semid.clustering.nearest import Codebooks, nearest
+from semid.clustering.pairs import nearest_buckets
+from semid.config import (ConfigError, DataError, ModelFormatError, NotFittedError, SemidError,
+                          ShapeMismatchError)
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 thorough = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -242,10 +248,7 @@ def test_never_costlier_than_k_means_constrained(seed):
 
 @pytest.mark.parametrize("name", ["beauty", "instruments", "yelp"])
 def test_real_items(name):
-    path = DATA / f"sasrec_{name}.parquet"
-    if not path.exists(): pytest.skip(f"{path.name} is not there")
-    from semid import read_features
-    X = np.asarray(read_features(path)[1], np.float32)
+    X = np.asarray(read_features(real_data(f"sasrec_{name}.parquet"))[1], np.float32)
     C = KMeans(256, random_state=0, max_iter=5).fit(X).cluster_centers_
     costs, n = distances(X, C), len(X)
     for low, high in ((n // 256, -(-n // 256)), (n // 512, n * 3 // 512)):
@@ -289,7 +292,6 @@ def test_slack_and_solvers_of_codes():
 
 
 def test_more_prices_than_levels_are_refused(tmp_path):
-    from semid.config import ModelFormatError
     RQKMeans(2, 4, implementation="constrained", random_state=0).fit(X).save(tmp_path)
     with np.load(tmp_path / "codebooks.npz") as z: arrays = dict(z)
     for change in ({"prices_1": np.zeros(3)}, {"prices_1": np.full(4, np.nan)}, {"prices_1": np.ones(4)}):
@@ -323,3 +325,87 @@ def test_settings_of_the_wrong_type(settings, says):
     with pytest.raises(ConfigError) as refused: BalancedKMeans(**settings)
     assert says in str(refused.value)
     with pytest.raises(ConfigError, match="not '3' and 40"): BalancedKMeans(10, "3", 40).fit(blobs(0, n=100))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_saved_model_has_its_prices(tmp_path, metric):
+    X = blobs(21, n=4000)
+    seen, new = X[:1000], X[1000:]
+    model = BalancedKMeans(30, np.int64(20), 60.0, metric=metric, random_state=np.int64(4)).fit(seen)
+    want = model.predict(new)
+    assert (want != model.predict(new, prices=False)).any()
+    model.save(tmp_path / "m")
+    again = BalancedKMeans.load(tmp_path / "m")
+    assert (again.predict(new) == want).all() and again.prices_.tobytes() == model.prices_.tobytes()
+    assert (again.size_min, again.size_max, again.metric, again.random_state) == (20, 60, metric, 4)
+    assert (again.n_iter_, again.inertia_, again.n_samples_) == (model.n_iter_, model.inertia_, 1000)
+    for source in dict(model=model), dict(model=again), dict(model_path=tmp_path / "m"):
+        for backend in "numpy", "torch", "auto":
+            inference = KMeansInference(**source, backend=backend)
+            assert (inference.predict(new) == want).all()
+        assert [inference.predict_cluster(x) for x in new[:40]] == want[:40].tolist()
+    content = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    model.save(tmp_path / "m")
+    assert content == {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    with pytest.raises(NotFittedError): BalancedKMeans(3).save(tmp_path / "n")
+
+
+def test_who_knows_no_prices_takes_no_balanced_model(tmp_path):
+    X = blobs(22, n=500)
+    BalancedKMeans(7, random_state=0).fit(X).save(tmp_path / "balanced")
+    plain = KMeans(7, random_state=0).fit(X)
+    plain.save(tmp_path / "plain")
+    for cls, name, expected in (KMeans, "balanced", "KMeans"), (BalancedKMeans, "plain", "BalancedKMeans"):
+        with pytest.raises(ModelFormatError, match=f"expected {expected}"): cls.load(tmp_path / name)
+    with pytest.raises(ConfigError, match="of BalancedKMeans, which is no KMeans model"):
+        plain.save(tmp_path / "balanced")
+    with pytest.raises(ConfigError, match="of KMeans, which is no BalancedKMeans model"):
+        BalancedKMeans(7, random_state=0).fit(X).save(tmp_path / "plain")
+
+
+def test_a_plain_model_is_written_as_ever(tmp_path):
+    model = KMeans(3, random_state=0).fit(blobs(23, n=50))
+    model.save(tmp_path)
+    C = model.cluster_centers_
+    about = {"type": "KMeans", "metric": "l2", "n_clusters": 3, "D": 8, "n_iter": model.n_iter_,
+             "inertia": model.inertia_, "n_samples": 50, "seed": 0, "semid_version": semid.__version__,
+             "sha256": hashlib.sha256(b"l2 (3, 8)" + C.astype("<f4").tobytes()).hexdigest()}
+    text = json.dumps(about, indent=2)
+    assert (tmp_path / "metadata.json").read_text() == text + "\n"
+    written = (tmp_path / "model.safetensors").read_bytes()
+    assert written == safetensors.save({"centroids": C}, {"semid": text})
+
+
+@pytest.mark.parametrize("prices, words", [
+    (None, "prices"), (np.zeros(3), "don't fit"), (np.zeros(4, np.float32), "don't fit"),
+    (np.full(4, np.nan), "NaN"), (np.zeros(4), "sha256")])
+def test_prices_that_do_not_fit_are_refused(tmp_path, prices, words):
+    BalancedKMeans(4, random_state=0).fit(blobs(24, n=90)).save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.load(path.read_bytes()) | {"prices": prices}
+    if prices is None: del tensors["prices"]
+    path.write_bytes(safetensors.save(tensors, {"semid": (tmp_path / "metadata.json").read_text()}))
+    for load in BalancedKMeans.load, KMeansInference:
+        with pytest.raises(ModelFormatError, match=words): load(tmp_path)
+
+
+def test_files_and_buckets_are_of_the_priced_clusters(tmp_path):
+    X = blobs(25, n=900)
+    ids = [f"i{n:04d}" for n in range(900)]
+    model = BalancedKMeans(12, random_state=0).fit(X[:300])
+    model.save(tmp_path / "m")
+    write_features(tmp_path / "f.parquet", ids, X)
+    want = model.predict(X)
+    assert (want != model.predict(X, prices=False)).any()
+    assert assign_parquet(tmp_path / "m", tmp_path / "f.parquet", tmp_path / "out") == 900
+    written = pq.read_table(tmp_path / "out" / "assignments")
+    assert (written["cluster"].to_numpy() == want).all()
+    gaps = np.linalg.norm(X.astype(float) - model.cluster_centers_[want], axis=1)
+    assert np.allclose(written["distance"].to_numpy(), gaps, rtol=1e-5)
+    for source in model, tmp_path / "m", KMeansInference(tmp_path / "m"):
+        for probes in 1, 3:
+            found = SemanticDeduplicator(0.99, model=source, probes=probes).deduplicate(X, ids)
+            assert (found.items["cluster"].to_numpy() == want).all()
+    priced = Codebooks([model.cluster_centers_], prices=[model.prices_])
+    order = (distances(X, model.cluster_centers_) + model.prices_).argsort(1)[:, :3]
+    assert (nearest_buckets(X, priced, 3) == order).mean() > 0.97  # the others are by int8 forms

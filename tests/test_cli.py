@@ -57,6 +57,21 @@ def truncated(folder):
 def no_file(folder): pass
 
 
+def test_held_out_vectors_are_read_before_anything_is_written(made, tmp_path):
+    holes = [*ROWS[:4], [1.0, float("nan"), 3.0, 4.0], ROWS[0]]
+    for name, ids in (("seen", "abcdef"), ("unseen", "ghijkl")):
+        table(tmp_path / f"{name}.parquet", list(ids), np.add(holes, np.arange(6)[:, None]).tolist())
+    before = (tmp_path / "unseen.parquet").read_bytes()
+    words = ["sweep", "seen.parquet", "--heldout", "unseen.parquet", "-o", "out", "--levels", 1, "--clusters",
+             2, "--k", 2, "--max-bad-fraction", 0.5, "-q", "--quarantine"]
+    refused = semid(*words, "unseen.parquet", cwd=tmp_path)
+    assert refused.returncode == 1 and "what is read" in refused.stderr
+    assert (tmp_path / "unseen.parquet").read_bytes() == before and not (tmp_path / "out").exists()
+    done = semid(*words, "bad.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "bad.parquet")["id"].to_pylist() == ["e", "k"]
+
+
 def check_refused(run, word, folder, before):
     assert run.returncode == 1, run.stderr
     lines = [line for line in run.stderr.splitlines() if line.strip()]
@@ -122,6 +137,18 @@ def test_encode_refuses(make, word, made, tmp_path):
     before = {p.name for p in tmp_path.rglob("*")}
     run = semid("encode", model, "in.parquet", "-o", "ids.parquet", "--device", "cpu", "-q", cwd=tmp_path)
     check_refused(run, word, tmp_path, before)
+
+
+@pytest.mark.parametrize("command", ["encode", "evaluate"])
+@pytest.mark.parametrize("source", [".", "in.parquet", "link"])
+def test_what_is_read_is_never_replaced(command, source, tmp_path):
+    few(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    RQKMeans(1, 2, random_state=0).fit(np.eye(4)).save(tmp_path / "model")
+    content, before = (tmp_path / "in.parquet").read_bytes(), {p.name for p in tmp_path.rglob("*")}
+    run = semid(command, "model", source, "-o", "in.parquet", "--device", "cpu", "-q", cwd=tmp_path)
+    check_refused(run, "write to another file", tmp_path, before)
+    assert (tmp_path / "in.parquet").read_bytes() == content
 
 
 def test_bad_rows_are_set_aside_where_that_is_allowed(tmp_path):

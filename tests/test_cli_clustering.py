@@ -60,6 +60,14 @@ def test_a_set_against_another(shards, tmp_path):
           shards / "features_1.parquet", "-o", "leaks", "-q", cwd=tmp_path)
     removed = pq.read_table(tmp_path / "leaks" / "removed.parquet")
     assert set(removed["id"].to_pylist()) == {f"item-{j}" for j in range(5700, 6000)}
+    bad = np.ones((20, 24), np.float32)
+    bad[3] = 0
+    write_features(tmp_path / "bad.parquet", [f"bad-{i}" for i in range(20)], bad)
+    done = semid("dedup", shards / "features_2.parquet", "--against", tmp_path / "bad.parquet", "-o", "more",
+                 "--max-bad-fraction", 0.1, "--quarantine", "q.parquet", "-q", cwd=tmp_path)
+    assert "2,000 of 2,000 items kept" in done.stdout and ", 0 quarantined" in done.stdout
+    assert "of the other set 1 of 20 items quarantined" in done.stdout
+    assert pq.read_table(tmp_path / "q.parquet")["id"].to_pylist() == ["bad-3"]
 
 
 @pytest.mark.parametrize("words, says", [

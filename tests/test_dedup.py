@@ -416,6 +416,42 @@ def test_arrays_and_files_list_their_bad_rows_in_the_same_place(make, tmp_path):
     assert lists[0] == lists[1] and lists[0][1]["id"].to_pylist() == ["b"]
 
 
+@pytest.mark.parametrize("as_files", [True, False])
+def test_bad_rows_of_both_sets_are_listed_and_counted(as_files, tmp_path):
+    def rows(name, n, *bad):
+        X, ids = np.random.default_rng(len(name)).normal(size=(n, 32)), [f"{name}-{i}" for i in range(n)]
+        X[list(bad)] = 0
+        write_features(tmp_path / f"{name}.parquet", ids, X)
+        return X, ids
+    (new, new_ids), (old, old_ids) = rows("new", 30, 3), rows("reference", 40, 5, 7)
+    if as_files: source, other = (tmp_path / "new.parquet",), dict(against=tmp_path / "reference.parquet")
+    else: source, other = (new, new_ids), dict(against=old, against_ids=old_ids)
+    finder = SemanticDeduplicator(0.9, max_bad_fraction=0.1, quarantine=tmp_path / "q.parquet")
+    result = finder.deduplicate(*source, **other)
+    lines = pq.read_table(tmp_path / "q.parquet")
+    assert lines["id"].to_pylist() == ["new-3", "reference-5", "reference-7"]
+    paths = [str(tmp_path / f"{name}.parquet") for name in ("new", "reference", "reference")]
+    assert lines["file"].to_pylist() == (paths if as_files else [None] * 3)
+    assert lines["reason"].to_pylist() == ["zero norm"] * 3
+    assert result.counts() == dict(rows_in=30, kept=29, removed=0, quarantined=1)
+    assert (result.about["against_rows"], result.about["against_quarantined"]) == (40, 2)
+    about = json.loads((result.save(tmp_path / "result") / "manifest.json").read_text())["about"]
+    assert (about["against_rows"], about["against_quarantined"]) == (40, 2)
+    finder.max_bad_fraction = 0.04  # of the new set 1 in 30 is bad, of the other 1 in 20
+    with pytest.raises(DataError, match="2 of 40 rows"): finder.deduplicate(*source, **other)
+    assert pq.read_table(tmp_path / "q.parquet") == lines
+
+
+def test_bad_rows_of_opened_features_are_listed_too(tmp_path):
+    X = np.eye(4, dtype=np.float32)
+    X[1] = 0
+    write_features(tmp_path / "in.parquet", [*"abcd"], X)
+    opened = open_features(tmp_path / "in.parquet", metric="cosine", max_bad_fraction=1)
+    finder = SemanticDeduplicator(max_bad_fraction=1, quarantine=tmp_path / "q.parquet")
+    assert finder.deduplicate(opened).counts()["quarantined"] == 1
+    assert pq.read_table(tmp_path / "q.parquet")["id"].to_pylist() == ["b"]
+
+
 def test_a_joined_cluster_needs_a_folder_that_all_machines_see(files, ray, tmp_path, monkeypatch):
     X, ids = near_copies(100)
     finder = SemanticDeduplicator(0.9, n_workers=1, address="auto")

@@ -1,5 +1,6 @@
 "k-means over shards: the same bytes for any cut, any number of workers, and whatever dies."
-import hashlib, json, os, signal, subprocess, sys, threading
+import hashlib, json, os, subprocess, sys, threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from semid.clustering.distributed import DistributedKMeans
-from semid.clustering import mapping, shards
+from semid.clustering import distributed, mapping, shards, staged
 from semid.clustering.mapping import assign_parquet
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
 from semid.clustering.pool import about_process, open_pool
 from semid.clustering.shards import find_sources, stage_features
+from semid.clustering.staged import ShardWorker
 from semid.semantic_ids.rq_kmeans import RQKMeans
 from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
 from semid.features import FeatureWriter, read_features, write_features
 
 ray = pytest.importorskip("ray")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
 K, N, D = 30, 6000, 12
 SETTINGS = dict(random_state=3, rows_per_shard=1000)
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -188,17 +191,26 @@ def test_mixed_column_types(X, tmp_path):
     assert np.array_equal(small.cluster_centers_, single.cluster_centers_)
 
 
-def test_a_worker_dies_in_mid_iteration(data, whole, tmp_path):
-    killed = []
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_worker_dies_in_mid_iteration(data, whole, tmp_path, monkeypatch, before):
+    grave = str(tmp_path / "grave")
 
-    class Killing(DistributedKMeans):
-        def _write_state(self, i, *state):  # while the workers work
-            super()._write_state(i, *state)
-            if i != 2: return
-            killed.append(next(iter(self._workers.ready.values()))["pid"])
-            os.kill(killed[0], signal.SIGKILL)
-    model = Killing(K, n_workers=2, output_dir=tmp_path, **SETTINGS).fit(data)
-    assert killed and killed[0] not in [about["pid"] for about in model._workers.ready.values()]
+    class Mortal(ShardWorker):
+        "The first to have done so many shards of iteration 2 dies of the next."
+        def do(self, job, shard):
+            if (job["kind"], job["iteration"]) == ("assign", 2):
+                self.shards = getattr(self, "shards", [])
+                with suppress(FileExistsError):
+                    if len(self.shards) == before:
+                        with open(grave, "x") as file: json.dump([os.getpid(), self.shards, shard], file)
+                        os._exit(1)
+                self.shards.append(shard)
+            super().do(job, shard)
+    monkeypatch.setattr(distributed, "ShardWorker", Mortal)
+    model = kmeans(tmp_path / "run", n_workers=2).fit(data)
+    pid, done, deadly = json.loads(Path(grave).read_text())
+    assert len({*done, deadly}) == before + 1 and {*done, deadly} <= {*range(6)}
+    assert pid not in [about["pid"] for about in model._workers.ready.values()]
     assert_same(model, whole)
 
 
@@ -348,6 +360,29 @@ def test_a_cut_file_is_named_and_what_to_do_works(data, whole, tmp_path, name, m
     with pytest.raises(DataError, match=says): kmeans(tmp_path).fit(data, resume=True)
     (tmp_path / "progress.json").unlink()
     assert_same(kmeans(tmp_path).fit(data), whole)
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 1)])
+@pytest.mark.parametrize("name", ["values_2", "ids_3"])
+def test_a_stage_that_is_not_whole_is_laid_down_anew(data, whole, tmp_path, name, spoil, monkeypatch):
+    def die(*args): raise Died
+    monkeypatch.setattr(DistributedKMeans, "_finish", die)
+    with pytest.raises(Died): kmeans(tmp_path).fit(data)
+    monkeypatch.undo()
+    spoil(tmp_path / "staging" / name)
+    assert_same(kmeans(tmp_path).fit(data, resume=True), whole)
+
+
+def test_a_file_that_is_gone_in_mid_run_is_named(data, tmp_path):
+    stage = stage_features(find_sources(data), tmp_path / "stage")
+    assert stage.is_whole()
+    stage.path("values", 0).unlink()
+    assert not stage.is_whole()
+    with pytest.raises(DataError, match="values_0 is gone or has another size: remove .*stage, and run"):
+        next(shards.shard_blocks(stage, 0))
+    stage.path("ids", 0).unlink()
+    with pytest.raises(DataError, match="ids_0 is gone: remove .*stage, and run again"):
+        staged._link(stage.path("ids", 0), tmp_path / "ids")
 
 
 def test_a_map_that_stays_open_is_of_the_present_file(data, tmp_path):
@@ -515,6 +550,108 @@ def test_an_item_that_kills_every_worker_ends_the_run(gather):
     pool = open_pool(Fragile, [], 2)
     with pytest.raises(SemidError, match="without getting any further"): pool.run({}, range(12), gather)
     pool.close()
+
+
+class Lost(mapping._ClusterWriter):
+    "Writes where a machine that shares no files would."
+    def __init__(self, folder, *args): super().__init__(folder.replace("out", "elsewhere"), *args)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_parts_that_went_elsewhere_are_missed(X, data, tmp_path, monkeypatch, n_workers):
+    KMeans(5, random_state=0).fit(X).save(tmp_path / "model")
+    assign_parquet(tmp_path / "model", data, tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out" / "assignments").iterdir()}
+    assign = lambda: assign_parquet(tmp_path / "model", data, tmp_path / "out", n_workers=n_workers)
+    monkeypatch.setattr(mapping, "_ClusterWriter", Lost)
+    with pytest.raises(ConfigError, match="does not see .*elsewhere.*all machines share"): assign()
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "elsewhere" / ".assignments").mkdir(parents=True)
+    with pytest.raises(DataError, match="1 of 1 parts are missing .*part-00000.* machines share"): assign()
+    assert {p: p.read_bytes() for p in (tmp_path / "out" / "assignments").iterdir()} == before
+
+
+class Careless(mapping._ClusterWriter):
+    "Forgets a row of every part, or leaves a part of its own."
+    def table(self, ids, X): return super().table(ids, X)[:-1]
+
+
+class Busy(mapping._ClusterWriter):
+    def do(self, job, block):
+        for number in (block[0], 7): super().do(job, (number, *block[1:]))
+
+
+def test_parts_must_be_all_and_whole(X, data, tmp_path, monkeypatch):
+    KMeans(5, random_state=0).fit(X).save(tmp_path / "model")
+    for writer, says in (Careless, "not of the rows"), (Busy, "part-00007.parquet is of another run"):
+        monkeypatch.setattr(mapping, "_ClusterWriter", writer)
+        with pytest.raises(DataError, match=says):
+            assign_parquet(tmp_path / "model", data, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize("name", ["{}", "file://{}", "{}/part-00000.parquet"])
+@pytest.mark.parametrize("encode", [False, True])
+def test_results_never_take_the_place_of_what_is_read(X, tmp_path, name, encode):
+    if encode: model = RQKMeans(2, 4, random_state=0).fit(X)
+    else: KMeans(5, random_state=0).fit(X).save(tmp_path / "model")
+    inputs = tmp_path / "out" / ("codes" if encode else "assignments")
+    write_features(inputs / "part-00000.parquet", names(0, N), X)
+    before = (inputs / "part-00000.parquet").read_bytes()
+    def run(data):
+        if encode: model.encode_parquet(data, tmp_path / "out")
+        else: assign_parquet(tmp_path / "model", data, tmp_path / "out")
+    with pytest.raises(ConfigError, match="part-00000.parquet is what is read"): run(name.format(inputs))
+    (tmp_path / "link").symlink_to(inputs)
+    with pytest.raises(ConfigError, match="is what is read"): run(tmp_path / "link")
+    assert (inputs / "part-00000.parquet").read_bytes() == before
+
+
+def test_the_list_of_bad_rows_never_takes_the_place_of_what_is_read(X, tmp_path):
+    KMeans(5, random_state=0).fit(X).save(tmp_path / "model")
+    path = tmp_path / "out" / "quarantine.parquet"
+    write_features(path, names(0, N), X)
+    before = path.read_bytes()
+    for url in path, f"file://{path}":
+        with pytest.raises(ConfigError, match="is what is read"):
+            assign_parquet(tmp_path / "model", url, tmp_path / "out")
+    assert path.read_bytes() == before
+
+
+class Unable:
+    "Can't be made."
+    def __init__(self, folder, n_threads):
+        (Path(folder) / f"made-by-{os.getpid()}").touch()
+        raise DataError("there is no such model")
+
+
+class Unreadable:
+    "Can't even be read by a worker."
+    def __reduce__(self): return exec, ("raise ImportError('No module named semid')",)
+
+
+def test_a_worker_that_can_not_be_made_says_why_at_once(tmp_path):
+    pool = open_pool(Unable, [str(tmp_path)], 2)
+    with pytest.raises(DataError, match="^there is no such model$"): pool.run({}, range(12))
+    pool.close()
+    assert 1 <= len([*tmp_path.iterdir()]) <= 2  # none was made again
+    pool = open_pool(Fragile, [Unreadable()], 2)
+    with pytest.raises(SemidError, match="can't be started: .*No module named semid"): pool.run({}, range(12))
+    pool.close()
+
+
+class Astray(ShardWorker):
+    "Looks where a machine that shares no files would."
+    def do(self, job, shard): super().do(job | {"stage": job["stage"].replace("staging", "other")}, shard)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_worker_that_does_not_see_the_shards_says_so(data, tmp_path, monkeypatch, n_workers):
+    monkeypatch.setattr(distributed, "ShardWorker", Astray)
+    with pytest.raises(ConfigError, match="does not see .*other/manifest.json: .* all machines share"):
+        kmeans(tmp_path, n_workers=n_workers).fit(data)
+    monkeypatch.undo()
+    assert kmeans(tmp_path, max_iter=1).fit(data, resume=True).n_iter_ == 1
 
 
 def without(name): return lambda progress: {key: value for key, value in progress.items() if key != name}

@@ -1,16 +1,18 @@
 "What a registry must survive: any items in any order, many writers, sudden death, files that others wrote."
 import itertools, json, multiprocessing, os, signal, sqlite3, subprocess, sys, tempfile, threading, time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
+from conftest import real_data
 from hypothesis import given, settings, strategies as st
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
-from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError, root
+from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
 from semid.features import open_features, write_features
 from semid.semantic_ids import id_publishing, id_registry
 from semid.semantic_ids.formatting import codes_to_ids
@@ -19,10 +21,9 @@ from semid.semantic_ids.id_registry import IdRegistry
 from semid.semantic_ids.interchange import import_index, index_of, read_index, tokens_of, write_index
 from semid.semantic_ids.prefix_trie import PrefixConstraint, PrefixTrie
 from semid.semantic_ids.relocation import relocate
+from semid.semantic_ids.resolvers import RelocationResolver
 from semid.semantic_ids.rq_kmeans import RQKMeans
 from semid.semantic_ids.uniqueness import UniqueIdResolver
-
-DATA = Path(os.environ.get("SEMID_DATA", root(Path(__file__).parent).parent / "shared" / "data"))
 
 
 class Given:
@@ -335,18 +336,17 @@ def everything(registry, tmp_path):
     registry.current, registry.versions, registry["x"], "a" in registry
 
 
-def test_every_statement_is_good_postgresql(tmp_path):
-    registry = IdRegistry(tmp_path / "ids.db")
+@pytest.mark.parametrize("kind", [postgresql, mysql])
+def test_every_statement_is_good_for_servers(tmp_path, kind):
+    registry, dialect = IdRegistry(tmp_path / "ids.db"), kind.dialect()
     statements = statements_of(registry, lambda: everything(registry, tmp_path))
-    texts = {str(s.compile(dialect=postgresql.dialect())) for s in statements}
-    kinds = {text.split()[0] for text in texts}
-    assert kinds == {"SELECT", "INSERT", "UPDATE"} and len(texts) > 10
+    texts = {str(s.compile(dialect=dialect)) for s in statements}
+    assert {text.split()[0] for text in texts} == {"SELECT", "INSERT", "UPDATE"} and len(texts) > 10
     assert any(text.endswith("FOR UPDATE") for text in texts)
     for text in texts: assert "PRAGMA" not in text and "json_each" not in text and "OR IGNORE" not in text
-    for dialect in (postgresql.dialect(), mysql.dialect()):
-        ddl = [str(CreateTable(table).compile(dialect=dialect)) for table in (VERSIONS, IDS)]
-        assert "UNIQUE (version, code, slot)" in ddl[1] and "PRIMARY KEY (version, item_id)" in ddl[1]
-        assert "ROWID" not in ddl[1]
+    ddl = [str(CreateTable(table).compile(dialect=dialect)) for table in (VERSIONS, IDS)]
+    assert "UNIQUE (version, code, slot)" in ddl[1] and "PRIMARY KEY (version, item_id)" in ddl[1]
+    assert "ROWID" not in ddl[1] and ("utf8mb4_bin" in ddl[1]) == (kind is mysql)
 
 
 def test_no_question_reads_the_whole_table(tmp_path):
@@ -447,9 +447,37 @@ def test_an_index_comes_back_as_it_was(rows, suffixes):
         for item, row in index.items(): assert item in version.lookup("".join(row))
 
 
+@pytest.mark.parametrize("options", [{}, {"collisions": "suffix"}])
+def test_an_index_without_suffixes_is_taken_as_it_is(tmp_path, options):
+    "No suffix is counted for an item that has none in the file."
+    registry = IdRegistry(tmp_path / "ids.db")
+    registry.adopt("v", ["a", "b"], [[0, 0], [0, 0]], [-1, 1], n_clusters=[4, 4], fmt="token")
+    before = content(tmp_path / "ids.db")
+    def read(index):
+        (tmp_path / "x.json").write_text(json.dumps(index))
+        return import_index(registry, "v", tmp_path / "x.json", **options)
+    for index, says in (({"c": ["<a_0>", "<b_0>"]}, "'<a_0><b_0>' is held by another item"),
+                        ({"b": ["<a_0>", "<b_0>"]}, "'b' has the ID '<a_0><b_0>-1'"),
+                        ({"g": ["<a_2>", "<b_0>"], "h": ["<a_2>", "<b_0>"]}, "'g' and 'h' have the same ID")):
+        with pytest.raises(DataError, match=says): read(index)
+        assert content(tmp_path / "ids.db") == before
+    version = read({"a": ["<a_0>", "<b_0>"], "g": ["<a_2>", "<b_0>"]})
+    assert version.ids_of(["a", "g"]) == ["<a_0><b_0>", "<a_2><b_0>"]
+
+
+def test_an_index_meets_what_others_published_meanwhile(tmp_path, monkeypatch):
+    mine, others = (IdRegistry(tmp_path / "ids.db") for _ in range(2))
+    (tmp_path / "x.json").write_text('{"c": ["<a_0>", "<b_0>"]}')
+    def slow(*args, publish=id_publishing.publish):
+        monkeypatch.undo()
+        others.adopt("v", ["a"], [[0, 0]], [-1], n_clusters=[1, 1], fmt="token")
+        return publish(*args)
+    monkeypatch.setattr(id_registry, "publish", slow)
+    with pytest.raises(DataError, match="held by another item"): import_index(mine, "v", tmp_path / "x.json")
+
+
 def real(name, column):
-    if not (DATA / name).is_file(): pytest.skip(f"{name} is not here: set SEMID_DATA")
-    return pq.read_table(DATA / name, columns=["id", column])
+    return pq.read_table(real_data(name), columns=["id", column])
 
 
 @pytest.mark.parametrize("name", ["beauty", "instruments", "yelp"])
@@ -557,6 +585,25 @@ def test_adopting_meets_what_others_published_meanwhile(tmp_path, monkeypatch):
     assert mine["v"].get("y") == "1-1" and mine["v"].get("z") is None
 
 
+@pytest.mark.parametrize("collisions", ["suffix", "relocate"])
+def test_models_of_others_may_know_no_devices(tmp_path, collisions):
+    class Half(Given):
+        def encode(self, X, device="cpu"): return super().encode(X)
+    registry = IdRegistry(tmp_path / "ids.db")
+    for model in (Given([4, 4]), Half([4, 4])):
+        version = registry.add_version(type(model).__name__, model, collisions=collisions)
+        assert version.assign(["a"], [[1, 1]]) == ["1-1"]
+        if isinstance(model, Half) and collisions == "suffix":
+            assert version.assign(["b"], [[2, 2]], device="cpu") == ["2-2"]
+            continue
+        wrong = r"latents\(X, device=None\)" if isinstance(model, Half) else r"encode\(X, device=None\)"
+        with pytest.raises(ConfigError, match=wrong): version.assign(["b"], [[2, 2]], device="cpu")
+        resolver, call = RelocationResolver(), dict(embeddings=np.ones((1, 2)), model=model, codes=[[1, 1]])
+        with pytest.raises(ConfigError, match=r"latents\(X, device=None\)"):
+            resolver.assign(["1-1"], device="cpu", **call)
+        assert resolver.assign(["1-1"], **call) == ["1-1"]
+
+
 def test_a_network_keeps_the_promises_of_a_registry(tmp_path):
     from semid.semantic_ids.rq_vae import RQVAE
     X = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
@@ -566,6 +613,39 @@ def test_a_network_keeps_the_promises_of_a_registry(tmp_path):
     first = version.assign(range(60), X[:60])
     every = version.assign(range(100), X, device="cpu")
     assert every[:60] == first and len({*every}) == 100 and version.assign(range(100), X) == every
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_registry_goes_on_in_a_fork(tmp_path):
+    "What the child commits stays, also when the parent has the last word in between."
+    version = IdRegistry(tmp_path / "ids.db").add_version("v", Given([9, 9]))
+    version.assign(["a"], [[1, 1]])
+    (read, write), (go, start) = os.pipe(), os.pipe()
+    if not (pid := os.fork()):
+        for end in (read, start): os.close(end)  # whoever waits for somebody who has gone is told so
+        try:
+            first = version.assign(["b"], [[1, 1]]) + [version.get("a")]
+            with version.database.transaction() as connection:
+                version.count(connection)
+                os.write(write, b"x")
+                os.read(go, 1)
+            os._exit(version.assign(["c"], [[1, 1]]) + first != ["1-1-2", "1-1-1", "1-1"])
+        except BaseException: traceback.print_exc()
+        finally: os._exit(9)
+    for end in (write, go): os.close(end)
+    try:
+        assert os.read(read, 1) == b"x"
+        assert version.get("b") == "1-1-1"
+        version.database._engine.dispose()  # whatever the parent still has is closed
+    finally:
+        os.close(start)
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0
+    assert version.assign(["d"], [[1, 1]]) == ["1-1-3"]
+    assert version.ids_of("a b c d".split()) == ["1-1", "1-1-1", "1-1-2", "1-1-3"]
+    connection = sqlite3.connect(tmp_path / "ids.db")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
 
 
 def test_a_fork_has_connections_of_its_own(tmp_path):

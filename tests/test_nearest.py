@@ -1,8 +1,7 @@
 "Labels are float64's, whatever the data, the blocks, the threads, the backend."
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,14 +9,18 @@ from semid.clustering.nearest import Codebooks, LazyRows, assign, nearest, quant
 from semid.config import DataError
 from semid.features import open_features
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def in_float64(X, C, prices=0.0):
     "The plain formula, a block at a time."
     X, C = np.asarray(X, np.float64), np.asarray(C, np.float64)
     known = (C * C).sum(1) / 2 + np.asarray(prices) / 2
     return np.concatenate([(known - X[i:i + 2048] @ C.T).argmin(1) for i in range(0, len(X), 2048)])
+
+
+def in_long_double(X, C):
+    "The plain formula in extended precision."
+    X, C = X.astype(np.longdouble), C.astype(np.longdouble)
+    return ((C * C).sum(1) / 2 - X @ C.T).argmin(1)
 
 
 def every_label(X, C, prices=None):
@@ -32,9 +35,7 @@ def every_label(X, C, prices=None):
 @pytest.mark.parametrize("name", ["flickr8k_captions_minilm", "sasrec_beauty", "sasrec_instruments",
                                   "sasrec_yelp"])
 def test_real_vectors(name):
-    path = DATA / f"{name}.parquet"
-    if not path.is_file(): pytest.skip(f"{path.name} is not here")
-    _, X = open_features(path).read()
+    _, X = open_features(real_data(f"{name}.parquet")).read()
     C = X[np.random.default_rng(0).choice(len(X), 256, replace=False)] * np.float32(0.9)
     want = in_float64(X, C)
     assert all(np.array_equal(got, want) for got in every_label(X, C))
@@ -56,20 +57,8 @@ def test_any_data(kind, seed, n, k, d):
     X, C = KINDS[kind](rng.normal(size=(n, d)), rng.normal(size=(k, d)), rng)
     X, C = X.astype(np.float32), C.astype(np.float32)
     if k > 3: C[2] = C[0]  # a duplicate never wins
-    want = in_float64(X, C)
-    for got in every_label(X, C):
-        if kind in ("random", "blobs", "zeros"): assert np.array_equal(got, want)
-        else: assert_as_good(X, C, got, want)
-
-
-def assert_as_good(X, C, got, want):
-    "Where labels differ, float64 itself can't tell the two apart."
-    X, C = X.astype(np.longdouble), C.astype(np.longdouble)
-    score = lambda i, k: C[k] @ C[k] / 2 - X[i] @ C[k]
-    longest = np.sqrt((C * C).sum(1).max())
-    for i in np.flatnonzero(got != want):
-        size = longest * (longest + np.sqrt(X[i] @ X[i]))
-        assert abs(score(i, got[i]) - score(i, want[i])) <= 1e-14 * size
+    want = in_long_double(X, C)
+    assert all(np.array_equal(got, want) for got in every_label(X, C))
 
 
 @settings(max_examples=40, deadline=None)

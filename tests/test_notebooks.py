@@ -14,7 +14,7 @@ STAGES = sorted((ROOT / "experiments").glob("*.ipynb"))
 BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
 
 # in this order: each may import from itself and from those before it
-ROOMS = """config features sources collection tracking training
+ROOMS = """config features sources images scenes collection tracking training networks ray_cluster classifier
     quality ranking clustering semantic_ids serving models cli""".split()
 
 

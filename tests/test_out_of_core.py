@@ -117,6 +117,10 @@ def test_other_data_and_damage_are_refused(tmp_path):
     def files_there():
         paths = (tmp_path / "work").rglob("*")
         return sorted((p.name, p.stat().st_mtime_ns) for p in paths if p.name != ".lock")
+    values = tmp_path / "work" / "stage_1" / "values_0"
+    values.rename(tmp_path / "values")
+    with pytest.raises(DataError, match="lacks files"): model.fit_parquet(files, tmp_path / "work")
+    (tmp_path / "values").rename(values)
     before = files_there()
     write_features(tmp_path / "features_1.parquet", ["a", "b"], clouds(2)[:2])
     with pytest.raises(DataError, match="other data"): model.fit_parquet(files, tmp_path / "work")
@@ -128,6 +132,26 @@ def test_other_data_and_damage_are_refused(tmp_path):
     (tmp_path / "work" / "fit.json").write_text('{"type": "a diary"}')
     with pytest.raises(ConfigError, match="something else"): model.fit_parquet(files, tmp_path / "work")
     assert not model.codebooks_
+
+
+class Mortal(RQKMeans):
+    def level_model(self, level):
+        if level and self.verbose is None: raise OSError("the disk is full")
+        return super().level_model(level)
+
+
+@pytest.mark.parametrize("make", [lambda seed: None, np.random.default_rng, np.random.RandomState])
+def test_only_a_number_names_a_fit(tmp_path, make):
+    X = clouds(6, 600)
+    files, work = store(tmp_path, X), tmp_path / "work"
+    fit = lambda seed, **options: Mortal(2, 8, random_state=make(seed), **options).fit_parquet(files, work)
+    one, two = fit(0), fit(1)
+    assert one.fingerprint() != two.fingerprint()  # a finished fit is not found again
+    if make(0) is not None: assert_same(two, RQKMeans(2, 8, random_state=make(1)).fit(X))
+    with pytest.raises(OSError, match="disk is full"): fit(2, verbose=None)
+    if make(0) is None: fit(0)  # any numbers will do for the rest
+    else:
+        with pytest.raises(ConfigError, match="unfinished fit whose"): fit(2)
 
 
 def test_bad_rows_and_bad_calls(tmp_path):
@@ -145,6 +169,7 @@ def test_bad_rows_and_bad_calls(tmp_path):
     assert pq.read_table(tmp_path / "work" / "quarantine.parquet")["id"].to_pylist() == ["item-7"]
     with pytest.raises(ShapeMismatchError, match="n_samples=199"):
         RQKMeans(2, 999).fit_parquet(files, max_bad_fraction=0.1)
+    with pytest.raises(ConfigError, match="RQVAE need all"): RQVAE(20, [8]).fit_parquet(files)
     with pytest.raises(ConfigError, match="balanced"):
         RQKMeans(2, 8, implementation="constrained").fit_parquet(files)
     with pytest.raises(DataError, match="can't be used"): model.encode_parquet(files, tmp_path / "codes")

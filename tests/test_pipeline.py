@@ -29,7 +29,7 @@ def run(folder, *words):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    "The project in another folder, with a small grid, after `dvc repro`."
+    "The project in another folder, with few pictures and a small grid, after `dvc repro`."
     folder = tmp_path_factory.mktemp("whole pipeline")
     for name in ("experiments", "semid", "dvc.yaml", "params.yaml", ".dvcignore"):
         source = ROOT / name
@@ -37,6 +37,9 @@ def copy(tmp_path_factory):
         else: shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.pyc", "runs"))
     (folder / "experiments" / "runs").mkdir()
     settings = yaml.safe_load((folder / "params.yaml").read_text())
+    settings["collection"] |= {"n": 240, "side": 64}
+    settings["quality"] |= {"epochs": 2, "per_epoch": 256, "width": 4}
+    settings["refine"]["least_score"] = 0.3
     settings["sweep"] |= {"grid": GRID, "max_iter": 10}
     settings["ids"]["n_clusters"] = 32
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
@@ -54,6 +57,16 @@ def test_every_item_has_an_id_of_its_own(copy):
     assert found["kept"] + found["removed"] + found["heldout_kept"] + found["heldout_leaks"] == 1797
     assert len(set(unique)) == manifest["n_items"] == found["kept"] + found["heldout_kept"]
     assert manifest["parameters"]["chosen"]["n_clusters"] == 16
+
+
+def test_every_picture_is_in_one_heap(copy):
+    read = lambda name: json.loads((copy / "data" / "metrics" / name).read_text())
+    collected, refined = read("collect.json"), read("refine.json")
+    assert collected["pictures"] == refined["pictures"] == 240
+    assert refined["kept"] + refined["rejected"] + refined["quarantined"] == 240
+    kept = [pq.read_metadata(copy / "data" / "refined" / f"{split}.parquet").num_rows
+            for split in ("train", "validation", "test")]
+    assert sum(kept) == refined["kept"]
 
 
 def test_nothing_is_there_twice(copy):
@@ -97,7 +110,7 @@ def test_the_runs_hang_under_one_parent(copy):
     assert [r.info.run_id for r in parents] == list({r.data.tags["mlflow.parentRunId"] for r in children})
     assert {r.info.status for r in runs} == {"FINISHED"}
     stages = sorted(r.data.tags["semid.stage"] for r in children)
-    assert stages == ["cluster", "dedup", "encode", "features", "fit_ids", "report", "sweep"]
+    assert stages == sorted(yaml.safe_load((copy / "dvc.yaml").read_text())["stages"])
     swept = next(r for r in children if r.data.tags["semid.stage"] == "sweep")
     assert "constrained-K16-slack0.5-seed0.relative_mse" in swept.data.metrics
     history = client.get_metric_history(swept.info.run_id, "kmeans-K16-seed0.bits")

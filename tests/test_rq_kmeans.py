@@ -1,11 +1,10 @@
 "Codes are what float64 says, however they are computed; bad input and broken folders are refused."
 import json, multiprocessing, os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import residual_codes
+from conftest import real_data, residual_codes
 from hypothesis import assume, given, settings, strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -15,8 +14,6 @@ from semid.clustering.sums import ClusterSums
 from semid.clustering.nearest import Codebooks, _assign_on_device, assign, nearest, quantise_rows
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 
-ROOT = Path(__file__).resolve().parents[1]
-FLICKR = ROOT.parent / "shared" / "data" / "flickr8k_captions_minilm.parquet"
 
 
 def products(X, C):
@@ -142,9 +139,8 @@ def test_a_fit_of_scaled_vectors_is_the_scaled_fit(exponent):
 
 
 def test_real_vectors(tmp_path):
-    if not FLICKR.exists(): pytest.skip(f"{FLICKR.name} is not there")
     from semid import read_features
-    X = np.asarray(read_features(FLICKR)[1][:5000], np.float32)
+    X = np.asarray(read_features(real_data("flickr8k_captions_minilm.parquet"))[1][:5000], np.float32)
     model = RQKMeans(3, 100, max_iter=10, random_state=0).fit(X)
     expected = residual_codes(X, model.codebooks_)
     for codes in every_way(model, X): assert (codes == expected).all()

@@ -10,7 +10,8 @@ from semid import RQVAE, RQKMeans, SemanticIdEngine
 from semid.config import (
     ConfigError, DataError, ModelFormatError, NotFittedError, SemidError, ShapeMismatchError)
 from semid.semantic_ids.metrics import collision_rate_per_level
-from semid.semantic_ids import rq_vae_training
+from semid.semantic_ids import rq_kmeans, rq_vae, rq_vae_training
+from semid.semantic_ids.engine import load_encoder
 from semid.semantic_ids.rq_vae_training import _follow
 from semid.semantic_ids.rq_vae_module import (
     RQVAEModule, VectorQuantizer, apply_rqkmeans_plus_strategy, read_codebooks, rotate_to)
@@ -178,6 +179,13 @@ def test_checkpoints_of_something_else_are_refused(tmp_path, fitted):
         with pytest.raises(ModelFormatError, match="no checkpoint"):
             unfitted.fit(X, checkpoint=checkpoint, resume=True)
     with pytest.raises(ConfigError, match="resume needs a checkpoint"): unfitted.fit(X, resume=True)
+    for place, resume, words in [(tmp_path, False, "is a folder"), (tmp_path, True, "is a folder"),
+                                 (checkpoint, False, "use resume=True, or another file"),
+                                 (checkpoint / "c", False, "is a file")]:
+        def never(values, epoch): raise AssertionError("it trains")
+        with pytest.raises(ConfigError, match=words):
+            model(random_state=None).fit(X, checkpoint=place, resume=resume, log=never)
+    assert checkpoint.read_bytes() == broken
     assert state(unfitted) == before
 
 
@@ -286,6 +294,25 @@ def test_rq_kmeans_plus_never_ends_worse_than_it_starts(kmeans, best_by, lr):
     assert of(plus) <= of(kmeans) * (1 + 1e-6)
     if plus.best_epoch_ == 0: assert (plus.encode(X) == kmeans.encode(X)).all()
     if lr == 1e-3 and best_by == "relative_mse": assert of(plus) < of(kmeans)
+
+
+def test_best_by_both_is_worse_in_neither(tmp_path):
+    start = RQKMeans(3, 8, random_state=0).fit(X)
+    collisions = lambda m: collision_rate_per_level(m.encode(X))[-1]
+    def plus(best_by, epochs=6, **options):
+        return RQVAE.from_rq_kmeans(start, layers=[16], lr=1e-2, batch_size=128, epochs=epochs,
+                                    random_state=0, best_by=best_by).fit(X, **options)
+    both = plus("both")
+    assert collisions(both) <= collisions(start) < collisions(plus("relative_mse"))
+    assert both.score(X)["relative_mse"] < start.score(X)["relative_mse"]
+    rates, errors = both.history_["collision_rate"], both.history_["relative_mse"]
+    allowed = [error for rate, error in zip(rates, errors) if rate <= collisions(start)]
+    assert errors[both.best_epoch_ - 1] == min(allowed) > min(errors)
+    plus("both", 2, checkpoint=tmp_path / "c")
+    resumed = plus("both", checkpoint=tmp_path / "c", resume=True)
+    assert resumed.fingerprint() == both.fingerprint() and resumed.history_ == both.history_
+    fresh = model(best_by="both").fit(X)  # with no start that counts it is the error
+    assert fresh.history_["both"] == fresh.history_["relative_mse"]
 
 
 @pytest.mark.parametrize("best_by", ["relative_mse", "collision_rate"])
@@ -456,6 +483,67 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     m.save(tmp_path / "model")
     m.fit(X, checkpoint=tmp_path / "training.safetensors")
     assert RQVAE.load(tmp_path / "model").epochs == 2
+
+
+def two_models(first, fitted):
+    "An RQVAE and an RQKMeans, and their fingerprints; the one of the kind `first` comes first."
+    models = [fitted, RQKMeans(2, 8, random_state=0).fit(X)]
+    if first == "RQKMeans": models.reverse()
+    return models, [model.fingerprint() for model in models]
+
+
+@pytest.mark.parametrize("first", ["RQVAE", "RQKMeans"])
+def test_a_model_replaces_one_of_the_other_kind(tmp_path, fitted, first):
+    (old, new), (_, mark) = two_models(first, fitted)
+    for model in (old, new): model.save(tmp_path)
+    weights = "codebooks.npz" if first == "RQVAE" else "model.safetensors"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["metadata.json", weights])
+    assert load_encoder(tmp_path).fingerprint() == type(new).load(tmp_path).fingerprint() == mark
+    with pytest.raises(ModelFormatError): type(old).load(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["RQVAE", "RQKMeans"])
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_killed_save_leaves_one_model_or_the_other(tmp_path, monkeypatch, fitted, first, done):
+    (old, new), marks = two_models(first, fitted)
+    old.save(tmp_path)
+    left = iter([True] * done)
+    def replace(*paths, replace=os.replace):
+        if not next(left, False): raise KeyboardInterrupt
+        replace(*paths)
+    def remove(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", replace)
+    for module in (rq_kmeans, rq_vae): monkeypatch.setattr(module, "remove_other", remove)
+    with pytest.raises(KeyboardInterrupt): new.save(tmp_path)
+    monkeypatch.undo()
+    assert load_encoder(tmp_path).fingerprint() == marks[done == 2]
+    for model in (old, new):
+        if model is (old, new)[done == 2]: type(model).load(tmp_path)
+        else:
+            with pytest.raises(ModelFormatError): type(model).load(tmp_path)
+    new.save(tmp_path)
+    assert load_encoder(tmp_path).fingerprint() == marks[1] and len([*tmp_path.iterdir()]) == 2
+
+
+def test_weights_of_others_stay_where_an_rqkmeans_is_saved(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    before, model = (tmp_path / "model.safetensors").read_bytes(), RQKMeans(2, 8, random_state=0).fit(X)
+    model.save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert load_encoder(tmp_path).fingerprint() == model.fingerprint()
+    (tmp_path / "metadata.json").unlink()
+    with pytest.raises(ModelFormatError, match="two models"): load_encoder(tmp_path)
+    (tmp_path / "metadata.json").write_text("{")
+    with pytest.raises(ModelFormatError, match="can't be read"): load_encoder(tmp_path)
+
+
+def test_codebooks_of_others_stay_where_an_rqvae_is_saved(tmp_path, fitted):
+    np.savez(tmp_path / "codebooks.npz", codebook_0=np.zeros((2, 2), np.float32))
+    before = (tmp_path / "codebooks.npz").read_bytes()
+    fitted.save(tmp_path)
+    assert (tmp_path / "codebooks.npz").read_bytes() == before
+    assert load_encoder(tmp_path).fingerprint() == fitted.fingerprint()
 
 
 def test_an_engine_keeps_an_rqvae(tmp_path, fitted):

@@ -48,8 +48,8 @@ def train(
     model_path: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("models/kmeans"),
     n_clusters: Annotated[int, typer.Option(help="K.")] = 100,
     n_workers: Workers = 4,
-    output_dir: Annotated[Path, typer.Option(help="Where iterations are kept, to resume from.")] =
-        Path("kmeans_training"),
+    output_dir: Annotated[Path, typer.Option(help="Where iterations are kept, to resume from; on a file "
+                                             "system that all machines share.")] = Path("kmeans_training"),
     metric: Metric = Metric.l2,
     max_iter: MaxIter = 25,
     tol: Tolerance = 1e-4,
@@ -108,7 +108,8 @@ def train_local(
 @kmeans.command()
 def assign(
     model_path: Annotated[Path, typer.Option(help="Folder of the model.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for ids, clusters and distances.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for ids, clusters and distances; on a file "
+                                             "system that all machines share.")],
     more_urls: MoreUrls = None,
     data_urls: DataUrls = None,
     data_urls_file: UrlsFile = None,
@@ -137,6 +138,11 @@ def _missed(result):
             f"by {result.sampled_pairs:,} sampled pairs")
 
 # %% ../../nbs/cli/02_clustering.ipynb #772e56be
+def _against(result):
+    "How much of the other set could not be compared, in words; nothing where there is none."
+    rows, bad = result.about["against_rows"], result.about["against_quarantined"]
+    return f"; of the other set {bad:,} of {rows:,} items quarantined" if rows else ""
+
 @app.command()
 def dedup(
     features: Sources,
@@ -178,4 +184,4 @@ def dedup(
     n = result.counts()
     typer.echo(f"{output}: {n['kept']:,} of {n['rows_in']:,} items kept, {n['removed']:,} removed "
                f"({result.exact_duplicate_ratio:.1%} are exact copies), {n['quarantined']:,} quarantined"
-               + _missed(result))
+               + _against(result) + _missed(result))

@@ -89,6 +89,19 @@ def encode(
                + (f"; {kept:,} keep the ID that another model gave them" if kept else ""))
 
 # %% ../../nbs/cli/01_ids.ipynb #6174ba3b
+def _vectors(features, heldout, output, quiet, quarantine, id_column, feature_column, max_bad, metric):
+    "The vectors and those held out, or None; all are opened before anything is read or written."
+    from semid.features import check_apart, quarantine_file, write_quarantine
+    sources = [open_sources(paths, id_column, feature_column, max_bad, quarantine, metric)
+               for paths in (features, [heldout]) if paths != [None]]
+    files = [file for source in sources for file in source.files]
+    if output is not None: check_apart(output, files)
+    if quarantine is not None: check_apart(quarantine_file(quarantine), files)
+    X, *unseen = [source.read(progress=not quiet)[1] for source in sources]
+    bad = [lines for source in sources for lines in source.report._quarantined]
+    if quarantine is not None and unseen: write_quarantine(quarantine, bad)
+    return X, unseen[0] if unseen else None
+
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of the model.")],
@@ -107,9 +120,8 @@ def evaluate(
     from semid.semantic_ids.engine import load_encoder
     from semid.semantic_ids.metrics import evaluate as measure
     fitted = load_encoder(model)
-    read = lambda paths: open_sources(paths, id_column, feature_column, max_bad_fraction, quarantine,
-                               fitted.metric).read(progress=not quiet)[1]
-    X, unseen = read(features), read([heldout]) if heldout else None
+    X, unseen = _vectors(features, heldout, output, quiet, quarantine, id_column, feature_column,
+                         max_bad_fraction, fitted.metric)
     report = measure(X, fitted.encode(X, device=device), fitted, k=k, X_heldout=unseen)
     if output is None: typer.echo(json.dumps(report, indent=2))
     else: write_json(output, report)
@@ -185,9 +197,8 @@ def sweep(
     if balanced and "constrained" not in kinds: kinds.append("constrained")
     points = grid_points(kinds, _values(n_clusters, "--n-clusters", int), _values(slack, "--slack", float),
                          _values(seeds, "--seeds", int))
-    read = lambda paths: open_sources(paths, id_column, feature_column, max_bad_fraction, quarantine,
-                                      metric.value).read(progress=not quiet)[1]
-    X, unseen = read(features), read([heldout]) if heldout else None
+    X, unseen = _vectors(features, heldout, None, quiet, quarantine, id_column, feature_column,
+                         max_bad_fraction, metric.value)
     run = run_grid(points, X, output / "points", unseen, n_levels, k, metric.value, n_workers=n_workers,
                    n_threads=n_threads, address=address, device=device, fresh=fresh, prune=prune,
                    progress=not quiet, max_iter=max_iter, n_init=n_init, rq_vae=_settings(rq_vae, "--rq-vae"))

@@ -316,6 +316,7 @@ class _BalancedRows(InMemory):
 # %% ../../nbs/clustering/08_balanced.ipynb #f9cdbfc8
 class BalancedKMeans(Clusterer):
     "k-means with sizes within exact bounds; the same result for any number of threads."
+    kind = "BalancedKMeans"
     def __init__(
         self,
         n_clusters=8,       # K
@@ -360,7 +361,7 @@ class BalancedKMeans(Clusterer):
         runs = [self._run(data, first_centroids(self, data, sample, rng, power)) for _ in range(n_init)]
         self.inertia_, centroids, self.labels_, price, self.n_iter_ = min(runs, key=lambda run: run[0])
         self.cluster_centers_, self.prices_ = np.ldexp(centroids, power), np.ldexp(2 * price, 2 * power)
-        self.inertia_ = float(np.ldexp(self.inertia_, 2 * power))
+        self.inertia_, self.n_samples_ = float(np.ldexp(self.inertia_, 2 * power)), len(X)
         return self
 
     def _run(self, data, centroids):

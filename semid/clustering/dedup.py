@@ -58,8 +58,9 @@ _REASONS = "", "NaN", "Inf", "zero norm"
 class _Source:
     "Vectors from one place, block by block; afterwards `rows` and `bad` say how many there were."
     def __init__(self, source, ids=None, column=None, values=None, max_bad_fraction=0., quarantine=None,
-                 id_column="id", feature_column="feature"):
+                 listed=None, id_column="id", feature_column="feature"):
         self.rows, self.bad, self.column, self.values = 0, 0, column, values
+        self.listed = [] if listed is None else listed  # bad rows, also of the sources before
         self.limit, self.quarantine, self.features = max_bad_fraction, quarantine, None
         if isinstance(source, Features) or _is_path(source):
             if ids is not None: raise ConfigError("The ids are in the files: leave out the argument.")
@@ -84,26 +85,35 @@ class _Source:
 
     def check_quarantine(self, files):
         "Raise ConfigError if the list of bad rows would take the place of a file that is read."
-        path = self.features.quarantine if self.features else self.quarantine
-        if path: check_apart(quarantine_file(path), files)
+        for path in (self.quarantine, self.features and self.features.quarantine):
+            if path: check_apart(quarantine_file(path), files)
 
     def blocks(self, block=8192):
         "Ids, (n, D) float32, and values of the column or None."
         if self.features is None:
             yield self._usable()
             return
-        for ids, X, *table in self.features.batches(block):
-            yield pa.array(ids, pa.large_string()), X, table[0][self.column] if self.column else None
+        try:
+            for ids, X, *table in self.features.batches(block):
+                yield pa.array(ids, pa.large_string()), X, table[0][self.column] if self.column else None
+        except DataError:  # too many are bad
+            self._list(self.features.report._quarantined)
+            raise
         report = self.features.report
         self.rows, self.bad = report.rows, report.rows - report.kept
+        self._list(report._quarantined)
+
+    def _list(self, lines):
+        "Add bad rows to the list, which the next source goes on with."
+        self.listed += lines
+        if self.quarantine: write_quarantine(self.quarantine, self.listed)
 
     def _usable(self):
         "The rows of an array that can be compared."
         codes, values = _unusable(self.X), priority_column(self.values, len(self.X))
         self.rows, bad = len(codes), np.flatnonzero(codes)
         self.bad, reasons = len(bad), [_REASONS[c] for c in codes[bad]]
-        lines = bad_rows(None, bad, self.ids.take(pa.array(bad)), reasons)
-        if self.quarantine: write_quarantine(self.quarantine, [lines])
+        self._list([bad_rows(None, bad, self.ids.take(pa.array(bad)), reasons)])
         if not len(bad): return self.ids, self.X, values
         if self.bad > self.limit * self.rows:
             counts = ", ".join(f"{n} {reason}" for reason, n in Counter(reasons).items())
@@ -245,7 +255,8 @@ class SemanticDeduplicator(Settings):
         id_column="id",
         feature_column="feature",
         max_bad_fraction=0.,  # how large a share of rows may be unusable
-        quarantine=None,      # where to list them: a Parquet file, or a folder for quarantine.parquet
+        quarantine=None,      # where to list them: a Parquet file, or a folder for quarantine.parquet; those
+                              # of `against` come after those of `features`
         staging=None,         # folder for temporary files; with a Ray cluster one that all machines see
         verbose=False,        # show progress bars
     ):
@@ -280,8 +291,8 @@ class SemanticDeduplicator(Settings):
         if self.n_workers and self.staging is None: _check_nearby(self.address)
         column = None if self.keep in ("hard", "easy", "random") else self.keep
         options = dict(max_bad_fraction=self.max_bad_fraction, id_column=self.id_column,
-                       feature_column=self.feature_column)
-        sources = [_Source(features, ids, column, priority, quarantine=self.quarantine, **options)]
+                       feature_column=self.feature_column, quarantine=self.quarantine, listed=[])
+        sources = [_Source(features, ids, column, priority, **options)]
         if against is not None: sources.append(_Source(against, against_ids, **options))
         files = tuple(file for source in sources for file in source.files)
         for source in sources: source.check_quarantine(files)
@@ -300,7 +311,8 @@ class SemanticDeduplicator(Settings):
                     n_clusters=n_clusters, probes=min(self.probes, n_clusters), sampled_items=sampled,
                     random_state=self.random_state, rows_in=sources[0].rows, compared=0,
                     quarantined=sources[0].bad,
-                    against_rows=sources[1].rows if len(sources) > 1 else 0)
+                    against_rows=sources[1].rows if len(sources) > 1 else 0,
+                    against_quarantined=sources[1].bad if len(sources) > 1 else 0)
 
     def _nothing(self, sources, within):
         "What becomes of no rows; rows of which none can be used are an error."
@@ -316,11 +328,11 @@ class SemanticDeduplicator(Settings):
         firsts, groups = group_equal(collected.hashes)
         old = np.zeros(len(firsts), bool)
         old[groups[collected.n_new:]] = True
-        centroids, unit, shift = self._buckets(collected, firsts)
+        centroids, unit, prices, shift = self._buckets(collected, firsts)
         places = np.argsort(firsts)
         ready = prepare_search(collected.values, collected.squares, firsts[places], old[places], centroids,
                                shift, self.threshold, self.probes, unit, self.block_rows, self.n_threads,
-                               folder)
+                               folder, prices)
         tiles, limits = cut_tiles(ready.borders, self.block_rows, within), (self.max_pairs, self.verbose)
         a, b, cosines = search_on_ray(ready.search, tiles, self.n_workers, self.address, *limits) \
             if self.n_workers else search_tiles(ready.search, tiles, self.n_threads, *limits)
@@ -344,7 +356,7 @@ class SemanticDeduplicator(Settings):
         return Duplicates(self.threshold, items, pairs, sampled, about)
 
     def _buckets(self, collected, firsts):
-        "Centroids, whether they are directions, and the mean of the directions of a sample."
+        "Centroids, whether they are directions, their prices, and the mean of the directions of a sample."
         auto = 1 if len(firsts) <= 50_000 else round(np.sqrt(len(firsts)) / 2)
         K = min(auto if self.n_clusters == "auto" else self.n_clusters, len(firsts))
         sample = firsts[:max(16384, K * self.sample_per_cluster)]
@@ -353,7 +365,7 @@ class SemanticDeduplicator(Settings):
         if self.model is not None: return *centroids_of(self.model, units.shape[1]), shift
         means = KMeans(K, metric="cosine", max_iter=self.max_iter, random_state=self.random_state,
                        n_threads=self.n_threads, verbose=self.verbose)
-        return means.fit(units).cluster_centers_, True, shift
+        return means.fit(units).cluster_centers_, True, None, shift
 
 # %% ../../nbs/clustering/16_dedup.ipynb #2e3bc97a
 def write_kept(

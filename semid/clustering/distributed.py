@@ -173,7 +173,8 @@ class DistributedKMeans:
             stage = Stage.open(folder)
             of_this_run = stage.marks == progress.get("marks", stage.marks)
             same = stage.options == {"rows_per_shard": self.rows_per_shard, "metric": self.metric, **options}
-            if same and of_this_run and not what_changed(sources, stage.marks): return stage
+            if same and of_this_run and stage.is_whole() and not what_changed(sources, stage.marks):
+                return stage
         return stage_features(
             sources, folder, self.rows_per_shard, self.metric, self.verbose,
             self.output_dir / "quarantine.parquet", **options)

@@ -18,83 +18,88 @@ from .nearest import Codebooks, assign
 from .rows import LazyRows, as_matrix
 from ..config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
+from ..networks import stated_kind
 
 # %% ../../nbs/clustering/06_inference.ipynb #aeaa5eb3
-def _fingerprint(centroids, metric):
+def _fingerprint(centroids, metric, prices=None):
     "sha256 of a model: equal fingerprints give equal clusters."
     digest = hashlib.sha256(f"{metric} {centroids.shape}".encode())
     digest.update(np.ascontiguousarray(centroids, "<f4").tobytes())
+    if prices is not None: digest.update(np.ascontiguousarray(prices, "<f8").tobytes())
     return digest.hexdigest()
 
-def _stated_kind(path):
-    "The type of model that a file states; None where it states none."
-    from safetensors import safe_open
-    try:
-        if path.suffix == ".json": text = path.read_text()
-        else:
-            with safe_open(path, framework="numpy") as file: text = file.metadata()["semid"]
-        return json.loads(text)["type"]
-    except Exception: return None  # safetensors has its own errors, and foreign files raise any
-
 def check_model_room(
-    path,  # the folder that shall be written; it need not be there
+    path,           # the folder that shall be written; it need not be there
+    kind="KMeans",  # or "BalancedKMeans"
 ):
-    "ConfigError if a file is in the way, or if a model that is no KMeans of semid would be overwritten."
+    "ConfigError if a file is in the way, or if a model that is not of this kind would be overwritten."
     path = Path(path)
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir(): raise ConfigError(f"{there} is a file: name another folder for the model.")
     names = (name for name in ("model.safetensors", "metadata.json") if (path / name).exists())
-    kinds = {name: _stated_kind(path / name) for name in names}
-    for name, kind in kinds.items():
-        if "KMeans" in (kind, kind is None and kinds.get("metadata.json")): continue
-        raise ConfigError(f"{path} holds a {name} of {kind or 'something else'}, which is no KMeans model: "
+    kinds = {name: stated_kind(path / name) for name in names}
+    for name, stated in kinds.items():
+        if kind in (stated, stated is None and kinds.get("metadata.json")): continue
+        raise ConfigError(f"{path} holds a {name} of {stated or 'something else'}, which is no {kind} model: "
                           "name another folder for the model.")
 
 def write_model(
     path,        # the folder to write
     centroids,   # (K, D) float32
     metric,      # "l2" or "cosine"
+    prices=None, # (K,) float64 of balanced clusters
     **metadata,  # what else shall be known: n_iter, inertia, n_samples, seed, ...
 ) -> Path:       # `path`
     "Write centroids as a model folder: the same bytes for the same model."
     from safetensors.numpy import save
     from semid import __version__
-    check_model_room(path)
-    path, centroids = Path(path), np.ascontiguousarray(centroids, np.float32)
-    K, D = centroids.shape
-    about = {"type": "KMeans", "metric": metric, "n_clusters": K, "D": D, **metadata,
-             "semid_version": __version__, "sha256": _fingerprint(centroids, metric)}
+    tensors = {"centroids": np.ascontiguousarray(centroids, np.float32)}
+    if prices is not None: tensors["prices"] = np.ascontiguousarray(prices, np.float64)
+    kind = "KMeans" if prices is None else "BalancedKMeans"
+    check_model_room(path, kind)
+    path, (K, D) = Path(path), centroids.shape
+    about = {"type": kind, "metric": metric, "n_clusters": K, "D": D, **metadata,
+             "semid_version": __version__, "sha256": _fingerprint(centroids, metric, prices)}
     text = json.dumps(about, indent=2, allow_nan=False)
     with atomic_path(path / "model.safetensors") as tmp:
-        tmp.write_bytes(save({"centroids": centroids}, {"semid": text}))
+        tmp.write_bytes(save(tensors, {"semid": text}))
     with atomic_path(path / "metadata.json") as tmp: tmp.write_text(text + "\n")
     return path
 
 def save_kmeans(
-    model,  # a fitted KMeans
+    model,  # a fitted KMeans or BalancedKMeans
     path,   # the folder to write
 ):
-    "Write a fitted `KMeans`; `KMeans.save` is this."
+    "Write a fitted `KMeans` or `BalancedKMeans`; their `save` is this."
     if not hasattr(model, "cluster_centers_"):
         raise NotFittedError("Model is not fitted yet. Call fit() first.")
     seed = model.random_state if isinstance(model.random_state, int | np.integer) else None
-    write_model(path, model.cluster_centers_, model.metric, n_iter=int(model.n_iter_), inertia=model.inertia_,
-                n_samples=int(model.n_samples_), seed=None if seed is None else int(seed))
+    about = dict(n_iter=int(model.n_iter_), inertia=model.inertia_, n_samples=int(model.n_samples_),
+                 seed=None if seed is None else int(seed))
+    if (prices := getattr(model, "prices_", None)) is not None:
+        bounds = {name: getattr(model, name) for name in ("size_min", "size_max")}
+        about |= {name: None if size is None else int(size) for name, size in bounds.items()}
+    write_model(path, model.cluster_centers_, model.metric, prices, **about)
 
 # %% ../../nbs/clustering/06_inference.ipynb #c67f725c
+_KINDS = ["KMeans", "BalancedKMeans"]
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin", ".npy")
 
 def _open_model(path):
-    "Metadata and centroids of a model folder, unchecked."
+    "Metadata, centroids, and prices or None of a model folder, unchecked."
     from safetensors import safe_open
     with safe_open(path / "model.safetensors", framework="numpy") as file:
         inside = (file.metadata() or {}).get("semid")
         centroids = file.get_tensor("centroids")
-    return json.loads(inside if inside is not None else (path / "metadata.json").read_text()), centroids
+        prices = file.get_tensor("prices") if "prices" in file.keys() else None
+    about = json.loads(inside if inside is not None else (path / "metadata.json").read_text())
+    return about, centroids, prices
 
 def read_model(
-    path,  # a folder that `write_model` wrote
-) -> tuple[np.ndarray, dict[str, Any]]:  # (K, D) float32 centroids, metadata
+    path,       # a folder that `write_model` wrote
+    kind=None,  # "KMeans" or "BalancedKMeans"; any of these by default
+) -> tuple[np.ndarray, dict[str, Any], np.ndarray | None]:
+    # (K, D) float32 centroids, metadata, (K,) float64 prices of balanced clusters
     "Read a model folder; ModelFormatError says what is wrong with it."
     path = Path(path)
     if path.suffix.lower() in _PICKLES and path.is_file():
@@ -103,36 +108,43 @@ def read_model(
     if not (path / "model.safetensors").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no folder"
         raise ModelFormatError(f"{path} is no KMeans model: no model.safetensors, only {found or 'nothing'}.")
-    try: about, centroids = _open_model(path)
+    try: about, centroids, prices = _open_model(path)
     except Exception as e:  # safetensors has its own errors, and damage shows as others too
         raise ModelFormatError(f"{path} can't be read as a KMeans model ({e}): it is incomplete or corrupt; "
                                "save it again.") from None
-    if not isinstance(about, dict) or about.get("type") != "KMeans":
-        kind = about.get("type") if isinstance(about, dict) else about
-        raise ModelFormatError(f"Invalid model type: {kind} in {path}; expected KMeans.")
-    _check_model(path, about, centroids)
-    return centroids, about
+    stated = about.get("type") if isinstance(about, dict) else about
+    if stated not in ([kind] if kind else _KINDS):
+        raise ModelFormatError(f"Invalid model type: {stated} in {path}; expected {kind or 'KMeans'}.")
+    _check_model(path, about, centroids, prices)
+    return centroids, about, prices
 
 # %% ../../nbs/clustering/06_inference.ipynb #f38509aa
-def _check_model(path, about, centroids):
-    "Raise ModelFormatError unless centroids and metadata fit each other."
+def _check_model(path, about, centroids, prices):
+    "Raise ModelFormatError unless centroids, prices and metadata fit each other."
     def wrong(why): raise ModelFormatError(f"{path}: {why}; save the model again.")
     if about.get("metric") not in ("l2", "cosine"): wrong(f"unknown metric {about.get('metric')!r}")
     if centroids.dtype != np.float32 or centroids.shape != (about.get("n_clusters"), about.get("D")):
         wrong(f"centroids of shape {centroids.shape} and type {centroids.dtype} don't fit its metadata")
     if not centroids.size or not np.isfinite(centroids).all(): wrong("centroids that are empty, NaN or Inf")
-    if about.get("sha256", got := _fingerprint(centroids, about["metric"])) != got:
-        wrong("its centroids are not those that were saved (sha256 differs)")
+    if (prices is None) != (about["type"] == "KMeans"):
+        wrong(f"a {about['type']} model {'without' if prices is None else 'with'} prices")
+    if prices is not None and (prices.dtype != np.float64 or prices.shape != centroids.shape[:1]):
+        wrong(f"prices of shape {prices.shape} and type {prices.dtype} don't fit its centroids")
+    if prices is not None and not np.isfinite(prices).all(): wrong("prices that are NaN or Inf")
+    if about.get("sha256", got := _fingerprint(centroids, about["metric"], prices)) != got:
+        wrong("its centroids or prices are not those that were saved (sha256 differs)")
 
 def load_kmeans(
-    cls,   # KMeans, or a subclass
+    cls,   # KMeans, BalancedKMeans, or a subclass
     path,  # a model folder
 ):         # a fitted model, without labels
-    "A `KMeans` from a model folder; `KMeans.load` is this."
-    centroids, about = read_model(path)
+    "A `KMeans` or `BalancedKMeans` from a model folder; their `load` is this."
+    centroids, about, prices = read_model(path, cls.kind)
     model = cls(len(centroids), metric=about["metric"], random_state=about.get("seed"))
     model.cluster_centers_, model.n_iter_ = centroids, about.get("n_iter")
     model.inertia_, model.n_samples_ = about.get("inertia"), about.get("n_samples")
+    if prices is not None:
+        model.prices_, model.size_min, model.size_max = prices, about.get("size_min"), about.get("size_max")
     return model
 
 # %% ../../nbs/clustering/06_inference.ipynb #524a53dc
@@ -141,19 +153,21 @@ class KMeansInference:
     def __init__(
         self,
         model_path=None,  # a folder with model.safetensors and metadata.json
-        model=None,       # or a fitted KMeans
+        model=None,       # or a fitted KMeans or BalancedKMeans
         backend="auto",   # "numpy", "torch", or what is faster here: the clusters are the same
         device="cpu",     # where the screen runs
         n_threads=None,   # threads to use; all by default
     ):
         if (model_path is None) == (model is None): raise ConfigError("Give either model_path or model.")
         self.metadata: dict[str, Any] = {}
-        if model is None: self.centroids, self.metadata = read_model(model_path)
-        elif hasattr(model, "cluster_centers_"): self.centroids = model.cluster_centers_
+        if model is None: self.centroids, self.metadata, self.prices = read_model(model_path)
+        elif hasattr(model, "cluster_centers_"):
+            self.centroids, self.prices = model.cluster_centers_, getattr(model, "prices_", None)
         else: raise NotFittedError("Model is not fitted yet. Call fit() first.")
         self.metric = self.metadata["metric"] if model is None else model.metric
         self.n_clusters, self.dim = self.centroids.shape
-        self._books, self._how, self._n_threads = Codebooks([self.centroids]), (backend, device), n_threads
+        self._books = Codebooks([self.centroids], prices=None if self.prices is None else [self.prices])
+        self._how, self._n_threads = (backend, device), n_threads
 
     def __repr__(self):
         return f"KMeansInference(n_clusters={self.n_clusters}, dim={self.dim}, metric={self.metric!r})"
@@ -162,7 +176,7 @@ class KMeansInference:
         self,
         X,             # (N, D) floats
     ) -> np.ndarray:   # (N,) int32
-        "The nearest centroid of each row."
+        "The cluster of each row: the nearest centroid, or the cheapest one where clusters have prices."
         X = as_matrix(X, dim=self.dim)
         if self.metric == "cosine": X = normalise_rows(X, n_threads=self._n_threads)
         rows = LazyRows(X, self._books.shift)
@@ -184,7 +198,8 @@ class KMeansInference:
 def centroids_of(
     model,     # a fitted k-means, a KMeansInference, or a model folder
     dim=None,  # D of the vectors that they are for, if it is known
-) -> tuple[np.ndarray, bool]:  # (K, D) float32, whether they are directions
+) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    # (K, D) float32, whether they are directions, (K,) float64 prices if they have any
     "The centroids of a model."
     if isinstance(model, str | os.PathLike): model = KMeansInference(model)
     found = (getattr(model, name, None) for name in ("centroids", "cluster_centers_"))
@@ -194,7 +209,8 @@ def centroids_of(
     if dim not in (None, centroids.shape[1]):
         raise ShapeMismatchError(f"The vectors have D={dim} and the model's centroids have "
                                  f"D={centroids.shape[1]}: give a model of such vectors.")
-    return centroids, getattr(model, "metric", "l2") == "cosine"
+    prices = getattr(model, "prices", getattr(model, "prices_", None))
+    return centroids, getattr(model, "metric", "l2") == "cosine", prices
 
 # %% ../../nbs/clustering/06_inference.ipynb #909890c3
 def train_local(

@@ -9,7 +9,7 @@ __all__ = ['normalise_rows', 'first_look', 'first_centroids', 'Settings', 'Clust
 # %% ../../nbs/clustering/05_kmeans.ipynb #7bb3fa1c
 import inspect, operator
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numba import njit
@@ -111,15 +111,34 @@ class Settings:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 class Clusterer(Settings):
-    "What scikit-learn takes for a clusterer."
+    "What scikit-learn takes for a clusterer, and can be saved."
+    kind: str  # of a model folder
     def __sklearn_tags__(self):
         from sklearn.utils import Tags, TargetTags, TransformerTags
         return Tags(estimator_type="clusterer", target_tags=TargetTags(required=False),
                     transformer_tags=TransformerTags())
 
+    def save(
+        self,
+        path,  # the folder to write
+    ):
+        "Write the model to the folder `path`: model.safetensors and metadata.json."
+        from semid.clustering.inference import save_kmeans
+        save_kmeans(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path,   # a folder written by `save`
+    ) -> Self:  # a fitted model, without labels
+        "Read a model; what is incomplete, corrupt or pickled is refused."
+        from semid.clustering.inference import load_kmeans
+        return load_kmeans(cls, path)
+
 # %% ../../nbs/clustering/05_kmeans.ipynb #4569bd60
 class KMeans(Clusterer):
     "Lloyd's k-means with exact assignments; the same centroids for any number of threads."
+    kind = "KMeans"
     def __init__(
         self,
         n_clusters=8,       # K
@@ -267,23 +286,6 @@ class KMeans(Clusterer):
     ) -> np.ndarray:  # (N,) int32
         "Fit, and the labels of the rows."
         return self.fit(X).labels_
-
-    def save(
-        self,
-        path,  # the folder to write
-    ):
-        "Write the model to the folder `path`: model.safetensors and metadata.json."
-        from semid.clustering.inference import save_kmeans
-        save_kmeans(self, path)
-
-    @classmethod
-    def load(
-        cls,
-        path,       # a folder written by `save`
-    ) -> "KMeans":  # a fitted model, without labels
-        "Read a model; what is incomplete, corrupt or pickled is refused."
-        from semid.clustering.inference import load_kmeans
-        return load_kmeans(cls, path)
 
 # %% ../../nbs/clustering/05_kmeans.ipynb #ab66718c
 def check_settings(

@@ -17,16 +17,18 @@ import pyarrow.parquet as pq
 
 from .inference import KMeansInference
 from .kmeans import check_number, check_whole, normalise_rows
-from .pool import about_process, open_pool
+from .pool import about_process, check_seen, open_pool
 from .shards import fetched, find_sources
 from .sums import squared_distances
-from ..config import ConfigError, alone_in, atomic_path, write_json
-from ..features import open_features
+from ..config import ConfigError, DataError, SemidError, alone_in, atomic_path, write_json
+from ..features import check_apart, open_features
 
 # %% ../../nbs/clustering/13_mapping.ipynb #5bd3f5dc
 class PartWriter(ABC):
     "Writes a table for every block of rows; a subclass has `table`."
-    def __init__(self, folder): self.folder = Path(folder)
+    def __init__(self, folder):
+        check_seen(folder)
+        self.folder = Path(folder)
     def about(self): return about_process()
     @abstractmethod
     def table(
@@ -37,8 +39,11 @@ class PartWriter(ABC):
         "What shall be written of a block."
     def do(self, job, block):
         number, ids, X = block
+        check_seen(self.folder)  # or it would be made here
         table = self.table(ids, X)
-        with atomic_path(self.folder / f"part-{number:05d}.parquet") as tmp: pq.write_table(table, tmp)
+        with atomic_path(self.folder / _part(number)) as tmp: pq.write_table(table, tmp)
+
+def _part(number): return f"part-{number:05d}.parquet"
 
 _PART = re.compile(r"part-\d+\.parquet|\.part-.*\.tmp")
 
@@ -52,6 +57,35 @@ def _check_room(folder, parts):
     except (ValueError, TypeError, KeyError): kind = "something else"
     if kind != parts.name:
         raise ConfigError(f"{folder} holds a manifest.json of {kind}: use another output_dir.")
+
+def _check_sources(sources, replaced, quarantine):
+    "Raise ConfigError if a file that is read would be removed with its folder, or overwritten."
+    local = [Path(s.path) for s in sources if s.store is None or s.store.type_name == "local"]
+    check_apart(quarantine, local)
+    inside = {folder.resolve() for folder in replaced}
+    for path in local:
+        if inside & {*path.resolve().parents, *(path.parent.resolve() / path.name).parents}:
+            raise ConfigError(f"{path} is what is read, and its folder will be replaced: use another "
+                              "output_dir.")
+
+def _numbered(batches, rows):
+    "Blocks for writers; `rows` gets the length of each."
+    for number, (ids, X) in enumerate(batches):
+        rows.append(len(X))
+        yield number, pa.array(ids, pa.string()), X
+
+def _check_parts(folder, rows):
+    "Raise DataError unless a folder holds parts of so many rows each, and no others."
+    def rows_of(name):
+        try: return pq.read_metadata(folder / name).num_rows
+        except (OSError, pa.ArrowException): return None
+    wanted = {_part(number): n for number, n in enumerate(rows)}
+    lost = [name for name, n in wanted.items() if rows_of(name) != n]
+    other = [p.name for p in folder.glob("part-*") if p.name not in wanted]
+    if not lost and not other: return
+    if not lost: raise DataError(f"{folder}: {other[0]} is of another run, at the same time: run again.")
+    raise DataError(f"{folder}: {len(lost)} of {len(rows)} parts are missing or not of the rows that were "
+                    f"given, {lost[0]} first: name an output_dir on a file system that all machines share.")
 
 def _beside(parts): return parts.with_name(f".{parts.name}-former"), parts.with_name(f".{parts.name}-gone")
 
@@ -72,11 +106,21 @@ def _recover(parts):
     shutil.rmtree(parts, ignore_errors=True)
     former.rename(parts)
 
+def _find(data_urls, columns, there, replaced, quarantine):
+    "The files to read, which nothing that is written will touch; results of a former run are whole again."
+    try: sources = find_sources(data_urls, **columns)
+    except SemidError:
+        _recover(there)
+        raise
+    _check_sources(sources, replaced, quarantine)
+    _recover(there)
+    return sources
+
 def map_parquet(
     writer,                # a `PartWriter` class: its instances get the folder, `args`, the number of threads
     args,                  # what else they need, small and without any state
     data_urls,             # Parquet files with ids and features: paths, folders, patterns or URIs
-    output_dir,            # where `name`/part-00000.parquet, ... and manifest.json go
+    output_dir,            # where `name`/part-00000.parquet, ... and manifest.json go; all machines share it
     name,                  # of the folder of parts
     about,                 # what the manifest shall say of the model
     dim,                   # D of the vectors
@@ -98,28 +142,28 @@ def map_parquet(
     size = int(np.clip(2**24 // dim, 1024, 65536))
     with ExitStack() as stack:
         stack.enter_context(alone_in(output_dir))
-        fresh, there = output_dir / f".{name}", output_dir / name
+        there, bad = output_dir / name, output_dir / "quarantine.parquet"
+        fresh, saved, fetching = (output_dir / f".{kind}{name}" for kind in ("", "model-", "fetched-"))
         _check_room(output_dir, there)
-        _recover(there)
-        saved = output_dir / f".model-{name}"
+        replaced = [there, fresh, saved, fetching, *_beside(there)]
+        sources = _find(data_urls, columns, there, replaced, bad)
         for left in fresh, saved:  # perhaps by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
             stack.callback(shutil.rmtree, left, ignore_errors=True)
+        fresh.mkdir(exist_ok=True)
         if save:
             save(saved)
             args = [str(saved.resolve()), *args]
-        sources = find_sources(data_urls, **columns)
-        paths = stack.enter_context(fetched(sources, output_dir / f".fetched-{name}"))
+        paths = stack.enter_context(fetched(sources, fetching))
         features = open_features(paths, dim=dim, metric=metric, max_bad_fraction=max_bad_fraction,
-                                 quarantine=output_dir / "quarantine.parquet", **columns)
+                                 quarantine=bad, **columns)
         store = 1e8 + (2 * n_workers + 4) * size * dim * 6
         pool = open_pool(writer, [str(fresh.resolve()), *args], n_workers, n_threads, address, store)
         stack.callback(pool.close)
-        blocks = ((n, pa.array(ids, pa.string()), X) for n, (ids, X) in
-                  enumerate(features.batches(size, progress=verbose)))
-        pool.run({}, blocks, gather=False)
+        rows: list[int] = []
+        pool.run({}, _numbered(features.batches(size, progress=verbose), rows), gather=False)
+        _check_parts(fresh, rows)
         manifest = {"type": name, **about, **features.report.asdict()}
-        fresh.mkdir(exist_ok=True)  # there may be no row
         _replace(fresh, there, manifest)
         return manifest["kept"]
 
@@ -137,10 +181,10 @@ class _ClusterWriter(PartWriter):
 def assign_parquet(
     model_path,  # a model folder
     data_urls,   # Parquet files with ids and features: paths, folders, patterns or URIs
-    output_dir,  # where assignments/part-00000.parquet, ... (id, cluster, distance) go
+    output_dir,  # where assignments/part-00000.parquet, ... (id, cluster, distance) go; all machines share it
     **options,   # of `map_parquet`: n_workers, max_bad_fraction, address, n_threads, id_column, ...
 ) -> int:        # how many rows were assigned
-    "The nearest centroid of every row: the same files for any number of workers."
+    "The cluster of every row, as the model predicts it: the same files for any number of workers."
     model = KMeansInference(model_path)
     about = {"model_sha256": model.metadata.get("sha256"), "n_clusters": model.n_clusters}
     return map_parquet(_ClusterWriter, [str(Path(model_path).resolve())], data_urls, output_dir,

@@ -40,9 +40,8 @@ class Codebooks:
         self.half_norms, self.tables = self._known(self.centroids)
         self.far = np.linalg.norm(self.shift.astype(np.float64)) + np.sqrt(2 * self.half_norms.max())
         self.rows, (half, tables) = quantise_rows(shifted, 1, "centroids"), self._known(shifted)
-        if prices is not None:
-            extra = self._prices(prices) / 2
-            self.half_norms, half = self.half_norms + extra, half + extra
+        self.half_prices = 0.0 if prices is None else self._prices(prices) / 2
+        self.half_norms, half = self.half_norms + self.half_prices, half + self.half_prices
         self._screen(half, tables)
 
     @property

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .kmeans import normalise_rows
 from .nearest import Codebooks, assign
-from .pool import start_ray
+from ..ray_cluster import start_ray
 from .rows import ANY_ORDER, exact_dot, over_blocks, quantise_rows
 from .seeding import int_products
 from .sums import squared_distances
@@ -107,7 +107,7 @@ def nearest_buckets(
     if probes == 1: return homes[:, None]
     c, out = books.rows, np.empty((len(X), probes), np.int32)
     square = np.einsum("ij,ij->i", c.quantised, c.quantised, dtype=np.int64)
-    halves = (c.scale.astype(np.float64) * c.scale) * square / 2
+    halves = (c.scale.astype(np.float64) * c.scale) * square / 2 + books.half_prices
     _best_others(int_products(rows.quantised, c.quantised), rows.scale, c.scale, halves, homes, out)
     return out
 
@@ -282,9 +282,10 @@ def prepare_search(
     block=2048, # rows looked at together
     n_threads=None,  # threads to use; all by default
     folder=None,  # where to keep what is large; in memory by default
+    prices=None,  # (K,) float64, of balanced clusters
 ) -> Prepared:
     "Sort vectors into buckets."
-    books = Codebooks([centroids], shift if unit else None)
+    books = Codebooks([centroids], shift if unit else None, None if prices is None else [prices])
     (N, D), n, p = values.shape, len(rows), min(probes, len(centroids))
     if N >= 2**31: raise DataError(f"{N:,} rows are too many for one search: at most 2³¹ - 1.")
     def kept(name, shape, dtype): return Stored(shape, dtype, folder and Path(folder) / name)

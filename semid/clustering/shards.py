@@ -153,6 +153,15 @@ class Stage:
     def first(self, shard) -> int: return sum(self.sizes[:shard])
     def path(self, kind, shard) -> Path: return self.folder / f"{kind}_{shard}"
 
+    def is_whole(self) -> bool:
+        "Are the values and ids of all shards there, with all their bytes?"
+        def fits(shard, n):
+            try: ids = np.load(self.path("ids", shard), "r", allow_pickle=False)  # knows how long it must be
+            except (OSError, ValueError, EOFError): return False
+            path, size = self.path("values", shard), n * self.dim * np.dtype(self.dtype).itemsize
+            return len(ids) == n and path.is_file() and path.stat().st_size == size
+        return all(map(fits, range(len(self.sizes)), self.sizes))
+
     def save(self):
         "Write the manifest."
         ranges = {"low": self.survey.low.tolist(), "high": self.survey.high.tolist()} if self.n else {}
@@ -260,12 +269,12 @@ def mapped(
     "A file of a shard, mapped into memory."
     shape = (3, stage.sizes[shard]) if kind == "bounds" else (stage.sizes[shard], stage.dim)
     path, dtype, held = stage.path(kind, shard), np.dtype(dtype), stage.open_maps
-    about = path.stat()
-    stamp, size = (about.st_ino, about.st_mtime_ns), shape[0] * shape[1] * dtype.itemsize
+    about, size = path.stat() if path.exists() else None, shape[0] * shape[1] * dtype.itemsize
+    stamp = about and (about.st_ino, about.st_mtime_ns)
     if path in held and held[path][0] == stamp: return held[path][1]
     held.pop(path, None)
-    if about.st_size != size:
-        raise DataError(f"{path} has not the size that it had: remove {stage.folder}, and run again.")
+    if not about or about.st_size != size:
+        raise DataError(f"{path} is gone or has another size: remove {stage.folder}, and run again.")
     array = np.asarray(np.memmap(path, dtype, "c", shape=shape))  # "c": may be written, and never is
     if sum(a.nbytes for _, a in held.values()) + size <= stage.keep_open: held[path] = stamp, array
     return array

@@ -19,7 +19,7 @@ import numpy as np
 from .kmeans import check_enough, first_look
 from .lloyd import Clustered
 from .nearest import Codebooks, assign
-from .pool import about_process
+from .pool import about_process, check_seen
 from .shards import Stage, converted, mapped, quantise_shard, quantised_blocks, shard_blocks
 from .shards import take_rows
 from .sums import Survey, exact_sum, gap_steps, move_rows, sum_steps, total_of
@@ -73,6 +73,7 @@ def _save_quickly(path, array):
 def _link(source, path):
     "The same file under another name; a copy where that can't be."
     path.unlink(missing_ok=True)
+    if not source.exists(): raise DataError(f"{source} is gone: remove {source.parent}, and run again.")
     try: os.link(source, path)
     except OSError: shutil.copyfile(source, path)
 
@@ -176,6 +177,7 @@ class ShardWorker:
     def do(self, job, shard):
         "One shard's share of a job."
         if job["stage"] != self.where:
+            check_seen(Path(job["stage"]) / "manifest.json")
             self.where, self.stage = job["stage"], Stage.open(job["stage"])
             self.stage.keep_open = self.keep_open
         if job["number"] != self.number:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config import DataError, ShapeMismatchError, atomic_path, write_json
-from ..features import open_features
+from ..features import check_apart, open_features
 from .formatting import codes_to_ids
 from .uniqueness import UniqueIdResolver
 from ..sources import Fingerprint
@@ -100,6 +100,7 @@ def encode_features(
 ) -> dict[str, Any]:   # the manifest
     "Stream features through a model into a file of unique semantic IDs."
     if not hasattr(features, "batches"): features = open_features(features)
+    check_apart(output, getattr(features, "files", ()))
     resolver, fingerprint = UniqueIdResolver(store, suffix="number"), Fingerprint()
     n, n_suffixed, n_kept = 0, 0, 0
     with atomic_path(output) as tmp:

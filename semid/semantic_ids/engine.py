@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..config import ConfigError, DataError, ModelFormatError, flush_to_disk, atomic_path
+from .coding import check_kind
 from .formatting import codes_to_ids
 from .uniqueness import (
     InMemoryCollisionStore, SQLiteCollisionStore, UniqueIdResolver, check_item_ids)
@@ -34,9 +35,16 @@ def load_encoder(
     device="cpu",  # where it shall compute
 ) -> Any:          # an RQKMeans or RQVAE
     "The encoder in a folder, whichever it is. Raises ModelFormatError."
-    learned = any((Path(path) / name).exists() for name in ("model.safetensors", "model.pt"))
-    kind = "RQVAE" if learned and not (Path(path) / "codebooks.npz").exists() else "RQKMeans"
+    kind = check_kind(path, *_ENCODERS) or _kind_of_weights(Path(path))
     return _encoder_class(kind).load(path, device=device)
+
+def _kind_of_weights(path):
+    "The type of model that a folder without metadata.json holds."
+    learned = any((path / name).exists() for name in ("model.safetensors", "model.pt"))
+    if learned and (path / "codebooks.npz").exists():
+        raise ModelFormatError(f"{path} holds weights of two models and no metadata.json: save the model "
+                               "again, in a folder of its own.")
+    return "RQVAE" if learned else "RQKMeans"
 
 # %% ../../nbs/semantic_ids/19_engine.ipynb #1f4d858f
 def _read_json(path):

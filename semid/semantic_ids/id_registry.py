@@ -24,19 +24,19 @@ from .id_database import (
 from semid.semantic_ids.id_publishing import (
     Batch, Version, find, id_keys, id_prefix, is_none, item_names, progress_bar, publish, refuse_repeats,
     select_ids, spell)
+from .relocation import on_device
 
 # %% ../../nbs/semantic_ids/16_id_registry.ipynb #8926449a
 def _encode(version, X, rows, device, batch_size, progress):
     "Codes of some rows of X, and their latents where items may have to move."
     model, relocates = version.own_model(), version.collisions == "relocate"
     if not isinstance(X, np.ndarray): X = as_matrix(X)
-    given = {} if device is None else {"device": device}
     codes, latents = [], []
     with progress_bar("encode", len(rows), progress) as bar:
         for start in range(0, len(rows), batch_size):
             some = X[rows[start:start + batch_size]]
-            codes.append(check_codes(model.encode(some, **given)))
-            if relocates: latents.append(model.latents(some, **given))
+            codes.append(check_codes(on_device(model.encode, some, device)))
+            if relocates: latents.append(on_device(model.latents, some, device))
             bar.update(len(some))
     return np.concatenate(codes), np.concatenate(latents) if relocates else None
 
@@ -228,7 +228,8 @@ class IdRegistry:
     def add_version(
         self,
         name: str,        # what to call it
-        model,            # a fitted quantiser: `encode`, `fingerprint`, `n_clusters`
+        model,            # a fitted quantiser: `encode(X, device=None)`, `fingerprint`, `n_clusters`; to
+                          # relocate also `latents(X, device=None)`, `codebooks_`
         *,
         collisions=None,  # "suffix" (for a new version), "relocate" or "share"
         sep=None,         # between the codes of an ID and before a suffix: "-"
@@ -365,6 +366,7 @@ def _settle(batch, collisions):
     if len(first) == len(batch.codes): return
     row = int(np.flatnonzero(first[of.ravel()] != np.arange(len(batch.codes)))[0])
     one, other = (batch.names[i].as_py() for i in (int(first[of.ravel()[row]]), row))
-    raise DataError(f"The items {one!r} and {other!r} have the same ID: use collisions='share' to keep it.")
+    raise DataError(f"The items {one!r} and {other!r} have the same ID: only a version with "
+                    "collisions='share' takes it.")
 
 

@@ -138,8 +138,9 @@ def import_index(
 ) -> IdVersion:
     "Publish the IDs of an index.json, as they are. Importing the same file again changes nothing."
     index = read_index(path, n_levels)
-    slots = index.slots if (index.slots >= 0).any() else None
-    return registry.adopt(name, index.items, index.codes, slots, model=model, n_clusters=n_clusters,
+    bare = collisions is None and name not in registry.versions and (index.slots < 0).all()
+    if bare and len(np.unique(index.codes, axis=0)) < len(index.codes): collisions = "share"
+    return registry.adopt(name, index.items, index.codes, index.slots, model=model, n_clusters=n_clusters,
                           collisions=collisions, sep=sep, fmt=fmt)
 
 # %% ../../nbs/semantic_ids/17_interchange.ipynb #9890e91c

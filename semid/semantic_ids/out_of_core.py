@@ -27,10 +27,10 @@ _NAME = "RQKMeans.fit_parquet"
 
 def _settings(model, options):
     "What codebooks depend on."
-    names = "n_clusters metric max_iter tol n_init".split()
-    seed = model.random_state
-    return {name: getattr(model, name) for name in names} | {
-        "random_state": int(seed) if isinstance(seed, int | np.integer) else None, **options}
+    names, seed = "n_clusters metric max_iter tol n_init".split(), model.random_state
+    if isinstance(seed, int | np.integer): seed = int(seed)
+    elif seed is not None: seed = type(seed).__name__  # a generator, which stands elsewhere each time
+    return {name: getattr(model, name) for name in names} | {"random_state": seed, **options}
 
 def _levels_done(folder, settings, sources):
     "How many levels a former run has done here; ConfigError or DataError if it was another one, unfinished."
@@ -43,13 +43,17 @@ def _levels_done(folder, settings, sources):
     try: was, marks, done = found["settings"], found["marks"], found["levels"]
     except KeyError: raise DataError(f"{folder}/fit.json is damaged: remove {folder}.") from None
     other = next((name for name in settings if was.get(name) != settings[name]), None)
-    changed = what_changed(sources, marks)
-    if done == len(was["n_clusters"]): return 0 if other or changed else done  # a finished one is replaced
+    changed, seed = what_changed(sources, marks), settings["random_state"]
+    if done == len(was["n_clusters"]):  # a finished one is replaced
+        return 0 if other or changed or not isinstance(seed, int) else done
     if other:
         raise ConfigError(f"{folder} holds an unfinished fit with {other}={was.get(other)}, not "
                           f"{settings[other]}: remove it, or use another work_dir.")
     if changed:
         raise DataError(f"{folder} holds an unfinished fit to other data ({changed}): use another work_dir.")
+    if done and isinstance(seed, str):
+        raise ConfigError(f"{folder} holds an unfinished fit whose {seed} is gone: remove it, or use another "
+                          "work_dir; a fit goes on where random_state is a number or None.")
     return done
 
 def _codebook(folder, level):
@@ -66,9 +70,18 @@ def _first_stage(sources, folder, model, settings, quarantine):
     if (where / "manifest.json").exists():
         stage = Stage.open(where)
         same = {"rows_per_shard": settings["rows_per_shard"], "metric": model.metric, **options}
-        if stage.options == same and not what_changed(sources, stage.marks): return stage
+        if stage.options == same and stage.is_whole() and not what_changed(sources, stage.marks): return stage
     return stage_features(sources, where, settings["rows_per_shard"], model.metric, model.verbose,
                           quarantine or folder / "quarantine.parquet", **options)
+
+def _stage_after(folder, level):
+    "What some levels have left of the vectors."
+    try:
+        stage = Stage.open(folder / f"stage_{level}")
+        if stage.is_whole(): return stage
+    except DataError: pass
+    raise DataError(f"{folder}/stage_{level} lacks files, and what was cut off can't go on: remove {folder}, "
+                    "and fit again.")
 
 def _fit_levels(model, codebooks, stage, pool, folder, progress):
     "Fit the levels that are missing; each is noted when it is done."
@@ -101,9 +114,9 @@ def fit_parquet(
     feature_column="feature",
 ):                         # the model
     "The codebooks that `fit` finds in the same vectors in memory: the same for any number of workers."
-    if model.implementation != "kmeans":
-        raise ConfigError("fit_parquet does implementation='kmeans': balanced clusters need all vectors in "
-                          "memory.")
+    if getattr(model, "implementation", None) != "kmeans":
+        raise ConfigError("fit_parquet fits RQKMeans with implementation='kmeans': balanced clusters and "
+                          "RQVAE need all vectors in memory.")
     columns = dict(id_column=id_column, feature_column=feature_column)
     options = dict(max_bad_fraction=max_bad_fraction, rows_per_shard=rows_per_shard, **columns)
     settings = _settings(model, options)
@@ -115,7 +128,7 @@ def fit_parquet(
         done = _levels_done(folder, settings, sources)
         codebooks = [_codebook(folder, level) for level in range(done)]
         if done < model.n_levels:
-            if done: stage = Stage.open(folder / f"stage_{done}")
+            if done: stage = _stage_after(folder, done)
             else: stage = _first_stage(sources, folder, model, settings, quarantine)
             if stage.n < (largest := max(model.n_clusters)):
                 raise ShapeMismatchError(f"n_samples={stage.n} should be >= n_clusters={largest}: "

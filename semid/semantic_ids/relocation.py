@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PlacedItems', 'keys_of', 'grouped_by_key', 'counts_by_key', 'ranks_by_key', 'place_items', 'checked_codes',
-           'checked_latents', 'check_policy', 'relocate']
+           'checked_latents', 'on_device', 'check_policy', 'relocate']
 
 # %% ../../nbs/semantic_ids/12_relocation.ipynb #28e97937
-import math
+import inspect, math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -276,6 +276,18 @@ def checked_latents(
     if [np.shape(p) for p in prices] != [(len(book),) for book in books]:
         raise ShapeMismatchError("prices are one array a level, with a price for each code.")
     return codes, vectors, books, [np.asarray(p, np.float64) for p in prices]
+
+def on_device(
+    method,  # `encode` or `latents` of a model
+    X,       # (N, D) vectors
+    device,  # where to compute; the model's own choice when None
+):           # what the method gives
+    "A method of a model, with a device if one is named: `method(X, device=None)` is what all models need."
+    if device is None: return method(X)
+    known = inspect.signature(method).parameters.values()
+    if any(p.name == "device" or p.kind == p.VAR_KEYWORD for p in known): return method(X, device=device)
+    raise ConfigError(f"{method.__qualname__} takes no device: leave device out, or make it "
+                      f"{method.__name__}(X, device=None).")
 
 def check_policy(
     policy,    # "min_cost", "nearest" or "random"

@@ -17,9 +17,9 @@ import numpy as np
 from ..clustering.kmeans import check_number, check_whole
 from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchError, atomic_path
 from .formatting import codes_to_ids
-from semid.semantic_ids.relocation import (
+from .relocation import (
     PlacedItems, check_policy, checked_codes, checked_latents, counts_by_key, grouped_by_key, keys_of,
-    place_items, relocate)
+    on_device, place_items, relocate)
 from .uniqueness import (
     BaseResolver, UniqueIdResolver, check_item_ids, check_semantic_ids)
 
@@ -44,7 +44,7 @@ class _CodeResolver(BaseResolver):
         sep="-",          # as in `codes_to_ids`; also before a suffix
         *,
         embeddings=None,  # (N, D) vectors
-        model=None,       # the fitted encoder: its latents, codebooks_ and prices_ are used
+        model=None,       # the fitted encoder: latents(X, device=None), codebooks_ and prices_ are used
         codes=None,       # (N, L) its codes of the vectors; encoded here when None
         fmt="plain",      # as in `codes_to_ids`
         formatter=None,   # one row of codes (L,) -> its ID; overrules sep and fmt
@@ -62,8 +62,7 @@ class _CodeResolver(BaseResolver):
         if not hasattr(model, "latents") or not getattr(model, "codebooks_", None):
             raise ConfigError(f"{type(self).__name__} needs a fitted model with latents and codebooks_, "
                               f"which this {type(model).__name__} is not.")
-        where = {} if device is None else {"device": device}
-        if codes is None: codes = model.encode(embeddings, **where)
+        if codes is None: codes = on_device(model.encode, embeddings, device)
         if len(codes) != len(keys):
             raise ShapeMismatchError(f"{len(codes)} codes for {len(keys)} semantic IDs: one each.")
         to_ids = getattr(model, "semantic_id", codes_to_ids)
@@ -77,7 +76,7 @@ class _CodeResolver(BaseResolver):
                 raise DataError("The IDs given out so far are of another model: use a new resolver for a new "
                                 "model.")
             self._check_format(write)
-            latents = np.asarray(model.latents(embeddings, **where))
+            latents = np.asarray(on_device(model.latents, embeddings, device))
             ids = self._assign(np.asarray(codes), latents, model, names, write)
             if len(self._texts) < 100: self._texts = write(self._codes[:100])
             self._model = mark

@@ -19,7 +19,8 @@ from ..clustering.nearest import Codebooks
 from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
-from .coding import encode_rows, reconstruction_error, sum_of_codes
+from .coding import (
+    check_kind, encode_rows, reconstruction_error, remove_other, sum_of_codes)
 from .formatting import codes_to_ids
 
 # %% ../../nbs/semantic_ids/02_rq_kmeans.ipynb #da812ada
@@ -276,7 +277,7 @@ class RQKMeans:
         self,
         path,  # the folder to write
     ):
-        "Write the model to the folder `path`: codebooks.npz, and metadata.json for people."
+        "Write codebooks.npz and metadata.json to the folder `path`; an RQVAE that was there is replaced."
         self._fitted()
         _save(self, Path(path))
 
@@ -324,6 +325,7 @@ def _save(model, path):
     with atomic_path(path / "codebooks.npz") as tmp, open(tmp, "wb") as f:
         np.savez(f, metadata=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
     with atomic_path(path / "metadata.json") as tmp: tmp.write_text(text + "\n")
+    remove_other(path, "RQKMeans")
 
 # %% ../../nbs/semantic_ids/02_rq_kmeans.ipynb #b965835b
 def _load(path):
@@ -334,6 +336,7 @@ def _load(path):
     if not (path / "codebooks.npz").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no folder"
         raise ModelFormatError(f"{path} is no RQKMeans model: no codebooks.npz, only {found or 'nothing'}.")
+    check_kind(path, "RQKMeans")
     try:
         with np.load(io.BytesIO((path / "codebooks.npz").read_bytes()), allow_pickle=False) as z:
             arrays = {name: z[name] for name in z.files}

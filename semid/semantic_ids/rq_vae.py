@@ -17,10 +17,11 @@ from ..clustering.nearest import Codebooks
 from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, ModelFormatError, NotFittedError, atomic_path
 from ..config import device as pick_device
-from .coding import encode_rows, reconstruction_error, sum_of_codes
+from .coding import (
+    check_kind, encode_rows, reconstruction_error, remove_other, sum_of_codes)
 from .formatting import codes_to_ids
 from .rq_vae_training import fit_network, normalisation, power_of_two
-from ..training import learning_rate, seed_of
+from ..training import check_checkpoint, learning_rate, seed_of
 
 # %% ../../nbs/semantic_ids/09_rq_vae.ipynb #fce5ea3d
 def _in_float64(part, rows, where):
@@ -54,6 +55,7 @@ def _save(model, path):
     whole = save(_tensors(model), {"semid": text})
     with atomic_path(path / "model.safetensors") as tmp: tmp.write_bytes(whole)
     with atomic_path(path / "metadata.json") as tmp: tmp.write_text(text + "\n")
+    remove_other(path, "RQVAE")
 
 # %% ../../nbs/semantic_ids/09_rq_vae.ipynb #68d2a95f
 def _of_rqvae(meta, path):
@@ -65,11 +67,10 @@ def _of_rqvae(meta, path):
 def _read(path):
     "Metadata and tensors of a model folder."
     from safetensors import safe_open
+    check_kind(path, "RQVAE")
     if not (weights := path / "model.safetensors").is_file() and (path / "model.pt").is_file():
         raise ModelFormatError(f"{path}/model.pt is a pickle, which is never opened: if you trust it, write "
                                "its weights with safetensors.torch.save_file to model.safetensors beside it.")
-    if not weights.is_file() and (path / "metadata.json").is_file():
-        _of_rqvae(json.loads((path / "metadata.json").read_text()), path)
     with safe_open(weights, framework="pt") as file:
         inside = (file.metadata() or {}).get("semid")
         about = json.loads((path / "metadata.json").read_text() if inside is None else inside)
@@ -137,6 +138,7 @@ class RQVAE:
         metric="l2",              # "l2", or "cosine": rows are scaled to length 1 first
         gradient="straight-through",  # past the choice of a code: or "rotation"
         best_by="relative_mse",   # which epoch is kept: "relative_mse", "collision_rate", "loss" in training
+                                  # or "both": the least relative_mse where no more collide than at the start
         patience=None,            # stop after so many epochs without a better one
         restart_below=0.1,        # after an epoch all codes take steps of k-means, and those chosen less than
                                   # this share of an equal share restart; None: gradients alone
@@ -145,8 +147,8 @@ class RQVAE:
         if metric not in ("l2", "cosine"): raise ConfigError(f"Unknown metric {metric!r}: use l2 or cosine.")
         if loss_type not in ("mse", "l1"): raise ConfigError(f"Unknown loss {loss_type!r}: use mse or l1.")
         learning_rate(lr_scheduler, 1)  # an error if there is none of that name
-        if best_by not in ("relative_mse", "collision_rate", "loss"):
-            raise ConfigError(f"Unknown best_by {best_by!r}: use relative_mse, collision_rate or loss.")
+        if best_by not in ("relative_mse", "collision_rate", "both", "loss"):
+            raise ConfigError(f"Unknown best_by {best_by!r}: use relative_mse, collision_rate, both or loss.")
         check_whole(0, epochs=epochs, warmup_epochs=warmup_epochs, kmeans_iters=kmeans_iters,
                     sk_iters=sk_iters)
         check_whole(1, in_dim=in_dim, e_dim=e_dim, batch_size=batch_size, lr_step_size=lr_step_size)
@@ -238,11 +240,12 @@ class RQVAE:
         *,
         device=None,                    # where to train; the model's own by default
         pretrained_codebook_path=None,  # codebooks.npz of a saved RQKMeans: RQ-KMeans+
-        checkpoint=None,                # file that is written after every epoch
+        checkpoint=None,                # file that is written after every epoch; a new one, but for resume
         resume=False,                   # go on from it, if it is there
         log=None,                       # (dict of numbers, epoch) -> None, such as `start_run(...).log`
     ) -> "RQVAE":
         "Train, and keep the best weights; after an error all is as before. A second call goes on from there."
+        check_checkpoint(checkpoint, resume)
         X = self._matrix(X)
         check_finite(X)
         new = copy.copy(self)
@@ -300,6 +303,11 @@ class RQVAE:
             X, Codebooks(self.codebooks_), lambda part, first: self.latents(part, first, where),
             beam_size=beam_size, return_alternatives=return_alternatives, batch_size=batch_size, device=where,
             n_threads=self.n_threads, progress="RQ-VAE encode" if self.verbose else None)
+
+    def fit_parquet(self, *args, **options):
+        "ConfigError: only RQKMeans has that."
+        from semid.semantic_ids.out_of_core import fit_parquet
+        return fit_parquet(self, *args, **options)
 
     def encode_parquet(
         self,
@@ -364,7 +372,7 @@ class RQVAE:
         self,
         path,  # the folder to write
     ):
-        "Write the model to the folder `path`: model.safetensors, and metadata.json for people."
+        "Write model.safetensors and metadata.json to the folder `path`; an RQKMeans there is replaced."
         self._fitted()
         _save(self, Path(path))
 
