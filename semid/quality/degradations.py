@@ -104,17 +104,21 @@ def _sharpening(image, percent, rng): return image.filter(ImageFilter.UnsharpMas
 _WORDS = "SAMPLE", "PREVIEW", "DRAFT", "COPYRIGHT", "stock photo", "DO NOT COPY", "proof", "www.example.com"
 
 def _watermark(image, opacity, rng):
-    "A word all over the picture, half transparent, white or black."
+    "A word again and again, all over the picture, aslant, half transparent, white or black."
     width, height = image.size
     word, tone = _WORDS[rng.integers(len(_WORDS))], int(rng.choice([0, 255]))
-    font = ImageFont.load_default(np.exp(rng.uniform(np.log(9), np.log(max(10, min(image.size) / 5)))))
-    layer = Image.new("L", image.size)
+    font = ImageFont.load_default(np.exp(rng.uniform(np.log(10), np.log(32))))
+    reach = int(np.hypot(width, height)) + 1  # of the picture, however it is turned
+    layer = Image.new("L", (reach, reach))
     draw = ImageDraw.Draw(layer)
     _, _, right, bottom = draw.textbbox((0, 0), word, font)
-    for _ in range(max(1, round(rng.uniform(0.1, 0.3) * width * height / (right * bottom)))):
-        place = rng.uniform(-right / 2, width - right / 2), rng.uniform(-bottom / 2, height - bottom / 2)
-        draw.text(place, word, fill=round(255 * opacity), font=font)
+    across, down = right * rng.uniform(1.1, 1.5), bottom * rng.uniform(1.4, 2.4)
+    for y in np.arange(-bottom * rng.random(), reach, down):
+        for x in np.arange(-right * rng.random(), reach, across):
+            draw.text((x, y), word, fill=round(255 * opacity), font=font)
     layer = layer.rotate(rng.uniform(-35, 35), Image.Resampling.BILINEAR)
+    left, top = (reach - width) // 2, (reach - height) // 2
+    layer = layer.crop((left, top, left + width, top + height))
     return Image.composite(Image.new("RGB", image.size, (tone,) * 3), image, layer)
 
 # %% ../../nbs/quality/00_degradations.ipynb #c373931e

@@ -61,6 +61,9 @@ def _ahead(make, n, threads=None, reach=4):
             yield done
 
 # %% ../../nbs/quality/01_examples.ipynb #77078aeb
+_HARD = {"watermark": 4, "motion_blur": 2}  # drawn so many times as often as the others
+_DRAWN = [family for family in FAMILIES for _ in range(_HARD.get(family, 1))]
+
 def _target(family=None, severity=0):
     "The target of a crop."
     target = np.zeros(len(FAMILIES) + 1, np.float32)
@@ -78,7 +81,7 @@ def _example(pictures, side, clean, rng):
     "A crop, damaged or not, and its target."
     cut = _crop(pictures[rng.integers(len(pictures))], side, rng)
     if rng.random() < clean: return cut, _target()
-    family, severity = FAMILIES[rng.integers(len(FAMILIES))], int(rng.integers(1, 6))
+    family, severity = _DRAWN[rng.integers(len(_DRAWN))], int(rng.integers(1, 6))
     return degrade(cut, family, severity, rng), _target(family, severity)
 
 def _of_use(pictures, crop):

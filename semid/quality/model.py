@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..config import DataError, ModelFormatError, default_threads, save_figure
 from ..config import device as device_of
-from ..images import MAX_PIXELS, read_image
+from ..images import MAX_PIXELS, read_pixels
 from ..networks import check_room, fill, read_network, write_network
-from ..training import learning_rate, train
+from ..training import learning_rate, precision_on, train
 
 # %% ../../nbs/quality/03_model.ipynb #d2268c83
 def _loss(logits, targets):
@@ -98,11 +97,12 @@ def train_quality(
         return data.train(batch_size, int(torch.randint(2**62, (), generator=generator)))
     def evaluate(): return _measures(*_outputs(network, data.validation(batch_size), where))
     a_pass = -(-data.n_train // batch_size)
+    precision = precision_on(where, precision)
     about = {"heads": list(data.heads), "width": width, "lr": lr, "batch_size": batch_size, "epochs": epochs,
-             "data": data.about}
+             "precision": precision, "data": data.about}
     done = train(network, objective, batches, epochs, optimizer, clip=2.0, patience=patience, seed=seed,
                  rate=learning_rate("cosine", epochs * a_pass, min(100, epochs * a_pass // 10)),
-                 evaluate=evaluate, best_by="val_loss", precision=_precision(precision, where),
+                 evaluate=evaluate, best_by="val_loss", precision=precision,
                  checkpoint=checkpoint or own, resume=resume, about=about, log=log,
                  progress="quality" if progress else None)
     logits, targets = _outputs(network, data.validation(batch_size), where)
@@ -113,13 +113,7 @@ def train_quality(
     if own: own.unlink(missing_ok=True)
     return done.history
 
-def _precision(asked, where):
-    "The precision of the forward pass."
-    import torch
-    if asked != "auto": return asked
-    if where.startswith("cuda"): return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    fast = where == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return "bfloat16" if fast else "float32"
+
 
 # %% ../../nbs/quality/03_model.ipynb #848e977f
 def _confusion(logits, targets):
@@ -186,6 +180,8 @@ def _tiles(pixels, side):
     ys, xs = (_places(n, side) for n in pixels.shape[:2])
     return [pixels[y:y + side, x:x + side] for y in ys for x in xs]
 
+_AT_ONCE = 64  # pictures whose tiles are in memory
+
 class QualityAssessmentInference:
     "A trained quality model: `predict_from_bytes`, `predict_degradations`, `predict` for many."
     def __init__(
@@ -205,13 +201,13 @@ class QualityAssessmentInference:
         self.network = fill(QualityNetwork(len(heads), width), tensors, model_path).to(self.device)
         self._scale, self._shift = np.array(calibration).T
 
-    def _logits(self, images):
-        "(n, heads + 1) logits of RGB arrays of any sizes."
+    def _logits(self, pictures):
+        "(n, heads + 1) logits of pictures in tiles."
         import torch
         by_shape: dict[tuple, list] = {}
-        for i, pixels in enumerate(images):
-            for tile in _tiles(pixels, self.tile): by_shape.setdefault(tile.shape, []).append((i, tile))
-        total, count = np.zeros((len(images), len(self.heads) + 1)), np.zeros(len(images))
+        for i, tiles in enumerate(pictures):
+            for tile in tiles: by_shape.setdefault(tile.shape, []).append((i, tile))
+        total, count = np.zeros((len(pictures), len(self.heads) + 1)), np.zeros(len(pictures))
         for same in by_shape.values():
             for at in range(0, len(same), self.batch_size):
                 rows, some = zip(*same[at:at + self.batch_size])
@@ -221,26 +217,25 @@ class QualityAssessmentInference:
                 np.add.at(count, list(rows), 1)
         return total / count[:, None]
 
-    def _pixels(self, image):
-        "An RGB array, or the sentence that says why there is none."
-        try:
-            if isinstance(image, str | Path): image = Path(image).read_bytes()
-            if isinstance(image, bytes | bytearray | memoryview):
-                image = read_image(bytes(image), self.max_pixels)
-            if isinstance(image, Image.Image): return np.asarray(image.convert("RGB")), None
-            good = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
-            why = f"it is an array of {image.dtype} {image.shape}: expected uint8 (H, W, 3)"
-            return (image, None) if good else (None, why)
-        except (DataError, OSError) as e: return None, str(e)
-        except AttributeError: return None, f"it is a {type(image).__name__}: give bytes, a path or a picture"
+    def _read(self, image):
+        "A picture's tiles, without the rest of it; or why there are none."
+        pixels, error = read_pixels(image, self.max_pixels)
+        return (None, error) if error else ([tile.copy() for tile in _tiles(pixels, self.tile)], None)
 
     def assess(
         self,
         images,  # a list of encoded bytes, paths, PIL pictures or (H, W, 3) uint8 arrays
     ) -> list[Assessment]:
         "Score and severities of each picture, or why it can't be decoded."
-        with ThreadPoolExecutor(default_threads()) as pool: read = list(pool.map(self._pixels, images))
-        good = [i for i, (pixels, _) in enumerate(read) if pixels is not None]
+        images, found = list(images), []
+        with ThreadPoolExecutor(default_threads()) as pool:
+            for at in range(0, len(images), _AT_ONCE):
+                found += self._assess([*pool.map(self._read, images[at:at + _AT_ONCE])])
+        return found
+
+    def _assess(self, read):
+        "What is said of pictures in tiles, and of those that have none."
+        good = [i for i, (tiles, _) in enumerate(read) if tiles is not None]
         found = [Assessment(error=error) for _, error in read]
         if not good: return found
         logits = self._logits([read[i][0] for i in good])

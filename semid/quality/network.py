@@ -54,7 +54,7 @@ class QualityNetwork(nn.Module):
         self.stages = nn.ModuleList([
             nn.Sequential(_block(6, w), _block(w, 2 * w, 2)), _block(2 * w, 4 * w, 2),
             _block(4 * w, 6 * w, 2), nn.Sequential(_block(6 * w, 8 * w, 2), _block(8 * w, 12 * w))])
-        pooled = 2 * (2 + 4 + 6 + 12) * w + 12 * w
+        pooled = 2 * (2 + 4 + 6 + 12) * w + (4 + 6 + 12) * w
         self.head = nn.Sequential(nn.Linear(pooled + 39, hidden), nn.ReLU(), nn.Dropout(dropout),
                                   nn.Linear(hidden, n_heads + 1))
 
@@ -66,7 +66,8 @@ class QualityNetwork(nn.Module):
         x = F.pad(x, (0, max(0, 16 - x.shape[3]), 0, max(0, 16 - x.shape[2])), mode="replicate")
         x = x.contiguous(memory_format=torch.channels_last)
         z, seen = torch.cat([x * 2 - 1, high_pass(x) * 8], 1), [tone_statistics(x)]
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
             z = stage(z)
             seen.append(_pooled(z))
-        return self.head(torch.cat([*seen, z.amax((2, 3)).float()], 1))
+            if i: seen.append(z.amax((2, 3)).float())
+        return self.head(torch.cat(seen, 1))

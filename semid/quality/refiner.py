@@ -8,6 +8,7 @@ __all__ = ['KEPT', 'REJECTED', 'QUARANTINED', 'Refined', 'VisualDegradationsRefi
 # %% ../../nbs/quality/04_refiner.ipynb #c858ebf9
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ..collection import SPLITS, Collection, parquet_records, write_collection
-from ..config import ConfigError, DataError, atomic_path, write_json
+from ..collection import SPLITS, Collection, write_collection
+from ..config import ConfigError, DataError, atomic_path, default_threads, write_json
 from ..features import check_apart
 from ..images import contact_sheet, read_image
+from ..picture_sources import pictures_at
 from .model import QualityAssessmentInference
 from ..ray_cluster import start_ray
 
@@ -113,33 +115,54 @@ def _pieces(collection):
             found += [{"split": split, "file": str(Path(file).resolve()), "group": i} for i in range(n)]
     return [{"number": n, **piece} for n, piece in enumerate(found)]
 
-class _Scorer:
-    "Judges row groups; one on each Ray worker."
-    def __init__(self, model_path, device, least, limits):
-        import torch
-        torch.set_num_threads(1)
-        self.model, self.rest = QualityAssessmentInference(model_path, device), (least, limits)
-    def __call__(self, pieces: pa.Table) -> pa.Table:
-        tables = [self.judge(piece) for piece in pieces.to_pylist()]
-        return pa.concat_tables(tables)
-    def judge(self, piece):
+def _judged(model, piece, rest):
+    "The lines of a row group, with its number."
+    try:
         with pq.ParquetFile(piece["file"]) as parquet:
             rows = parquet.read_row_group(piece["group"], ["id", "image"]).to_pylist()
-        records = [row | {"split": piece["split"]} for row in rows]
-        parts = [records[i:i + 64] for i in range(0, len(records), 64)]
-        lines = [line for part in parts for line in _lines(self.model, part, *self.rest)]
-        table = pa.Table.from_pylist(lines, _schema(self.model.heads))
-        return table.append_column("piece", pa.array([piece["number"]] * len(lines), pa.int64()))
+    except (OSError, pa.ArrowException) as e:
+        raise DataError(f"{piece['file']} can't be read as Parquet: {e}") from None
+    records = [row | {"split": piece["split"]} for row in rows]
+    parts = [records[i:i + 64] for i in range(0, len(records), 64)]
+    lines = [line for part in parts for line in _lines(model, part, *rest)]
+    table = pa.Table.from_pylist(lines, _schema(model.heads))
+    return table.append_column("piece", pa.array([piece["number"]] * len(lines), pa.int64()))
 
-def _on_ray(pieces, n_workers, address, scorer_args):
+class _Scorer:
+    "Judges row groups; one on each Ray worker."
+    def __init__(self, model_path, device, rest):
+        import torch
+        torch.set_num_threads(1)
+        self.model, self.rest = QualityAssessmentInference(model_path, device), rest
+    def __call__(self, pieces: pa.Table) -> pa.Table:
+        return pa.concat_tables(_judged(self.model, piece, self.rest) for piece in pieces.to_pylist())
+
+def _here(pieces, model, rest, bar):
+    "All lines of all pieces, in order, by threads that compute alone: as Ray's workers, to the last bit."
+    import torch
+    def judged(piece):
+        table = _judged(model, piece, rest)
+        bar.update(len(table))
+        return table
+    n = torch.get_num_threads()
+    try:
+        with bar, ThreadPoolExecutor(default_threads(), "judge", torch.set_num_threads, (1,)) as pool:
+            return pa.concat_tables(pool.map(judged, pieces)).drop_columns(["piece"])
+    finally: torch.set_num_threads(n)
+
+def _on_ray(pieces, n_workers, address, scorer_args, bar):
     "All lines of all pieces, in order."
+    tables = []
     ray, ours = start_ray(n_workers, 1, address, 2e8)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         done = ray.data.from_items(pieces).map_batches(
             _Scorer, batch_size=1, batch_format="pyarrow", concurrency=n_workers,
             fn_constructor_args=scorer_args)
-        tables = list(done.iter_batches(batch_size=None, batch_format="pyarrow"))
+        with bar:
+            for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+                tables.append(table)
+                bar.update(len(table))
     finally:
         if ours: ray.shutdown()
     return pa.concat_tables(tables).sort_by("piece").drop_columns(["piece"])
@@ -178,36 +201,18 @@ class VisualDegradationsRefiner:
         collection,   # a `Collection`
     ) -> Refined:
         "The verdict on all pictures of a collection."
+        pieces, rest = _pieces(collection), (self.score, self.limits)
+        if not pieces: raise DataError("The collection has no pictures.")
+        bar = tqdm(desc="judged", total=len(collection), disable=not self.progress, unit="picture")
         if self.n_workers or self.address:
-            args = (str(self.model_path.resolve()), self.device, self.score, self.limits)
-            table = _on_ray(_pieces(collection), max(1, self.n_workers), self.address, args)
-        else:
-            judged = self.judge(collection.records())
-            lines = tqdm(judged, "judged", len(collection), disable=not self.progress)
-            table = pa.Table.from_pylist(list(lines), _schema(self.model.heads))
+            args = (str(self.model_path.resolve()), self.device, rest)
+            table = _on_ray(pieces, max(1, self.n_workers), self.address, args, bar)
+        else: table = _here(pieces, self.model, rest, bar)
         thresholds = {"score": self.score, **self.limits}
         about = {"model_sha256": self.model.about["sha256"], "thresholds": thresholds}
         return Refined(table, collection, about)
 
 # %% ../../nbs/quality/04_refiner.ipynb #8e8a62ec
-_SUFFIXES = ".jpg .jpeg .png .webp .gif .bmp .tif .tiff".split()
-
-def _pictures_in(path):
-    "Pictures of a file, a folder or Parquet: a name and bytes."
-    path = Path(path)
-    if not path.exists(): raise DataError(f"There is nothing at {path}.")
-    if path.is_file() and path.suffix.lower() != ".parquet":
-        yield str(path), path.read_bytes()
-        return
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES) if path.is_dir() else []
-    for file in files: yield str(file), file.read_bytes()
-    if not files:
-        for record in parquet_records(path): yield record["id"], record["image"]["bytes"]
-
-def _read_from(paths):
-    "All files at some paths."
-    for path in map(Path, paths): yield from (path.rglob("*") if path.is_dir() else [path])
-
 def score_pictures(
     model_path,     # folder of a quality model
     paths,          # files, folders of pictures, collections or Parquet
@@ -217,11 +222,9 @@ def score_pictures(
     progress=True,
 ) -> pa.Table:      # id, score, a severity a head, error
     "Score pictures, each by itself: what can't be decoded has an error and no score."
-    model, parts = QualityAssessmentInference(model_path, device), []
-    if output is not None and Path(output).exists(): check_apart(output, _read_from(paths))
+    model, found, parts = QualityAssessmentInference(model_path, device), pictures_at(paths, output), []
     schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in ("score", *model.heads)),
                         ("error", pa.string())])
-    found = (picture for path in paths for picture in _pictures_in(path))
     pictures = iter(tqdm(found, "scored", disable=not progress))
     while some := list(islice(pictures, 64)):
         lines = [{"id": name, "score": one.score, **one.degradations, "error": one.error}
