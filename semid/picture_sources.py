@@ -176,7 +176,7 @@ def _pictures_in(path):
     if path.is_file() and path.suffix.lower() != ".parquet":
         yield str(path), path
         return
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and not p.is_dir())
     yield from ((str(file), file) for file in files)
     if not files or any(path.rglob("*.parquet")):
         for record in parquet_records(path): yield record["id"], record["image"]["bytes"] or b""

@@ -1,7 +1,9 @@
 "Quality models: a killed run ends as a whole one, the documented calls work, Ray gives the same rows."
+import resource
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,9 @@ from PIL import Image
 
 from semid.collection import collect, open_collection
 from semid.images import image_bytes, read_image
-from semid.quality.degradations import degrade, random_damage
+from semid.quality.degradations import FAMILIES, degrade, random_damage
 from semid.quality.model import QualityAssessmentInference
-from semid.quality.refiner import VisualDegradationsRefiner
+from semid.quality.refiner import VisualDegradationsRefiner, score_pictures
 
 SEMID = str(Path(sys.executable).with_name("semid"))
 TRAIN = "quality train --collection scenes --epochs 4 --per-epoch 96 --width 4 -q --output-path".split()
@@ -80,11 +82,51 @@ def test_ray_gives_the_same_rows(project, local_ray):
     collection = open_collection(project / "scenes")
     here = VisualDegradationsRefiner(project / "model", device="cpu", progress=False).refine(collection)
     spread = VisualDegradationsRefiner(project / "model", device="cpu", n_workers=2).refine(collection)
-    assert here.table.drop_columns(["score"]).select(["id", "split", "status"]).equals(
-        spread.table.select(["id", "split", "status"]))
-    for name in ("score", *here.table.column_names[7:]):
-        a, b = here.table[name].to_numpy(), spread.table[name].to_numpy()
-        np.testing.assert_allclose(a, b, atol=2e-4)
+    assert here.table.equals(spread.table)
+
+
+SNIPPET = """
+from semid.quality.model import QualityAssessmentInference
+
+# Load model
+inference = QualityAssessmentInference(
+    model_path="./models/quality_assessment/quality_model",
+    device="cuda"
+)
+
+# Predict quality score
+score = inference.predict_from_bytes(image_bytes)
+"""
+
+
+def test_the_documented_snippet_where_there_is_no_gpu(project, tmp_path, monkeypatch):
+    (tmp_path / "models" / "quality_assessment").mkdir(parents=True)
+    (tmp_path / "models" / "quality_assessment" / "quality_model").symlink_to(project / "model")
+    monkeypatch.chdir(tmp_path)
+    names = {"image_bytes": next(open_collection(project / "scenes").records())["image"]["bytes"]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Device 'cuda' is not available")
+        exec(SNIPPET, names)
+    assert type(names["score"]) is float and 0 <= names["score"] <= 1
+    said = names["inference"].predict_degradations(names["image_bytes"])
+    assert set(said) == set(FAMILIES) and all(0 <= severity <= 1 for severity in said.values())
+
+
+def test_large_pictures_are_not_kept_whole(project):
+    "Memory of a batch is that of its tiles: 24 pictures of 36 million pixels would be 2.6 GB."
+    model = QualityAssessmentInference(project / "model", batch_size=64)
+    large = image_bytes(Image.new("RGB", (6000, 6000), "navy"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(set(model.predict([large] * 24))) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_200_000  # kB
+
+
+def test_files_that_cannot_be_read_have_an_error(project, tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "good.png")
+    table = score_pictures(project / "model", [tmp_path], progress=False)
+    assert table["error"].is_valid().to_pylist() == [True, False]
 
 
 def test_one_broken_picture_of_64_costs_itself(project):

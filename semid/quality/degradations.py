@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'GROUPS', 'degrade', 'random_damage']
 # %% ../../nbs/quality/00_degradations.ipynb #e2ddd1c2
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,13 @@ def _sharpening(image, percent, rng): return image.filter(ImageFilter.UnsharpMas
 
 _WORDS = "SAMPLE", "PREVIEW", "DRAFT", "COPYRIGHT", "stock photo", "DO NOT COPY", "proof", "www.example.com"
 
+_font = cache(ImageFont.load_default)
+
 def _watermark(image, opacity, rng):
     "A word again and again, all over the picture, aslant, half transparent, white or black."
     width, height = image.size
     word, tone = _WORDS[rng.integers(len(_WORDS))], int(rng.choice([0, 255]))
-    font = ImageFont.load_default(np.exp(rng.uniform(np.log(10), np.log(32))))
+    font = _font(round(np.exp(rng.uniform(np.log(10), np.log(32)))))
     reach = int(np.hypot(width, height)) + 1  # of the picture, however it is turned
     layer = Image.new("L", (reach, reach))
     draw = ImageDraw.Draw(layer)

@@ -110,7 +110,7 @@ def rejection_report(
     severe_from=3,    # damage that must be found
     splits=None,      # only these; all by default
 ) -> dict[str, Any]:
-    "Precision of the rejections; recall of severe damage, by severity and by family."
+    "Precision of the rejections, and of them without the slightly damaged; recall of severe damage."
     if "damage" not in refined.collection.columns:
         raise ConfigError("The collection does not say what is damaged: it has no column 'damage'.")
     truth = {r["id"]: (r["damage"], r["severity"]) for r in refined.collection.records(images=False)}
@@ -121,7 +121,9 @@ def rejection_report(
     severity = severity.astype(int)
     share = lambda chosen: float(rejected[chosen].mean()) if chosen.any() else None
     severe = severity >= severe_from
+    damaged = lambda of: float((of > 0).mean()) if len(of) else None
     return {"pictures": len(lines), "rejected": int(rejected.sum()), "severe": int(severe.sum()),
-            "precision": float((severity[rejected] > 0).mean()) if rejected.any() else None,
+            "precision": damaged(severity[rejected]),
+            "severe precision": damaged(severity[rejected & ((severity == 0) | severe)]),
             "recall": share(severe), "rejected by severity": {str(s): share(severity == s) for s in range(6)},
             "recall by family": {f: share(severe & (family == f)) for f in FAMILIES}}
