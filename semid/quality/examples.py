@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..collection import split_of
 from ..config import DataError, ShapeMismatchError, default_threads
-from ..images import read_image
+from ..images import image_bytes, read_image
 from .degradations import FAMILIES, degrade
 
 # %% ../../nbs/quality/01_examples.ipynb #0b033144
@@ -62,8 +62,8 @@ def _ahead(make, n, threads=None, reach=4):
             yield done
 
 # %% ../../nbs/quality/01_examples.ipynb #77078aeb
-_HARD = {"watermark": 4, "motion_blur": 2}  # drawn so many times as often as the others
-_DRAWN = [family for family in FAMILIES for _ in range(_HARD.get(family, 1))]
+_HARD = {"watermark": 2.5, "motion_blur": 1.5}  # drawn so many times as often as the others
+_SHARES = np.array([_HARD.get(family, 1) for family in FAMILIES])
 
 def _target(family=None, severity=0):
     "The target of a crop."
@@ -81,9 +81,14 @@ def _crop(picture, side, rng):
 def _example(pictures, side, clean, rng):
     "A crop, damaged or not, and its target."
     cut = _crop(pictures[rng.integers(len(pictures))], side, rng)
-    if rng.random() < clean: return cut, _target()
-    family, severity = _DRAWN[rng.integers(len(_DRAWN))], int(rng.integers(1, 6))
-    return degrade(cut, family, severity, rng), _target(family, severity)
+    if rng.random() < clean: return _stored(cut, rng), _target()
+    family, severity = str(rng.choice(FAMILIES, p=_SHARES / _SHARES.sum())), int(rng.integers(1, 6))
+    return _stored(degrade(cut, family, severity, rng), rng), _target(family, severity)
+
+def _stored(cut, rng):
+    "A crop as it may come out of a file: half of them went through a JPEG of high quality."
+    if rng.random() < 0.5: return cut
+    return np.asarray(read_image(image_bytes(Image.fromarray(cut), quality=int(rng.integers(90, 99)))))
 
 def _of_use(pictures, crop):
     "RGB pictures that are large enough for a crop, and its side."
@@ -101,7 +106,7 @@ def degraded_examples(
     per_epoch=4096,   # crops an epoch
     n_validation=None,  # crops to judge by; a quarter of an epoch by default
     crop=128,         # pixels of a side; less where pictures are smaller
-    clean=0.3,        # share of crops that stay as they are: more of them, fewer false alarms
+    clean=0.4,        # share of crops that stay as they are: more of them, fewer false alarms
     seed=0,           # of the crops to judge by
 ) -> Examples:
     "Examples from clean pictures, which are damaged as they are drawn."

@@ -23,7 +23,7 @@ from ..training import learning_rate, precision_on, train
 def _loss(logits, targets):
     from torch.nn import functional as F
     each = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-    weight = max(1.0, (targets.shape[1] - 1) / 4)
+    weight = max(1.0, (targets.shape[1] - 1) / 2)
     return (each[:, :-1].sum(1) + weight * each[:, -1]).mean()
 
 def _outputs(network, batches, where):
@@ -71,7 +71,7 @@ def train_quality(
     *,
     epochs=10,
     batch_size=32,
-    lr=2e-3,             # at its peak: a warm-up, then a cosine
+    lr=3e-3,             # at its peak: a warm-up, then a cosine
     width=16,            # channels of the first stage; computing grows with its square
     device="auto",
     precision="auto",    # "float32", "bfloat16" or "float16"; what is fastest on the device by default
