@@ -32,7 +32,7 @@ test: setup      ## everything that must pass
 	python tests/gate.py
 	ruff check nbs experiments semid tests docs.py
 	mypy
-	OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: setup       ## explore in JupyterLab
 	jupyter lab
