@@ -6,7 +6,7 @@
 __all__ = ['KIND', 'Labelled', 'labelled_collection', 'labelled_arrays', 'train_classifier', 'plot_classifier', 'Classified',
            'ImageClassifier', 'classify_pictures']
 
-# %% ../nbs/06_classifier.ipynb #d1c06d03
+# %% ../nbs/06_classifier.ipynb #a317255d
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,9 +30,9 @@ from .config import device as device_of
 from .images import MAX_PIXELS, read_image, read_pixels
 from .networks import check_room, fill, read_network, write_network
 from .picture_sources import pictures_at
-from .training import learning_rate, precision_on, shuffled, train
+from .training import check_settings, learning_rate, precision_on, shuffled, train
 
-# %% ../nbs/06_classifier.ipynb #7edf3844
+# %% ../nbs/06_classifier.ipynb #0aa0bc42
 @dataclass
 class Labelled:
     "Pictures and their classes."
@@ -71,7 +71,7 @@ def labelled_collection(
     for split in ("train", "validation"):
         for record in collection.records(split):
             if record[column] is None: raise DataError(f"{record['id']} has no {column}: give it one.")
-            images.append(_square(np.asarray(read_image(record["image"]["bytes"])), side))
+            images.append(_square(np.asarray(read_image(record["image"]["bytes"], None)), side))
             names.append(str(record[column]))
             is_train.append(split == "train")
     if not names: raise DataError("There are no pictures to learn from.")
@@ -154,7 +154,7 @@ def _augmented(images):
                          v2.RandomHorizontalFlip()])
     return torch.stack([change(image) for image in images])
 
-# %% ../nbs/06_classifier.ipynb #40171478
+# %% ../nbs/06_classifier.ipynb #8f0f4077
 KIND = "ImageClassifier"
 
 def _outputs(network, data, rows, where, batch_size):
@@ -181,6 +181,7 @@ def train_classifier(
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
     "Train a classifier and write it, with its curves beside it; the best epoch is the most accurate one."
+    check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
     own = None if checkpoint else output_path / "checkpoint.safetensors"

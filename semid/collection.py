@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from .config import ConfigError, DataError, atomic_path, default_threads, write_json
 from .features import bad_rows, check_apart, find_files, write_quarantine
 from .images import MAX_PIXELS, read_image
-from .picture_sources import about_parquet, flickr8k_records, folder_records, parquet_records, rows_of
+from .picture_sources import (about_parquet, column_types, flickr8k_records, folder_records,
+                                   parquet_records, rows_of)
 from .scenes import scenes
 
 # %% ../nbs/02_collection.ipynb #5d20a0c4
@@ -93,22 +94,23 @@ def split_of(
     return SPLITS[0] if drawn < shares[0] else SPLITS[1] if drawn < sum(shares) else SPLITS[2]
 
 # %% ../nbs/02_collection.ipynb #13258a19
-def _problem(record, max_pixels):
+def _problem(record, max_pixels, decode):
     "Why a record can't be used, or nothing."
     data = record["image"]["bytes"]
     if record.get("problem"): return record["problem"]
     if not record["id"]: return "no id"
     if not isinstance(data, bytes): return "no picture: it has no bytes, and no file was found for it"
+    if not decode: return ""
     try: read_image(data, max_pixels)
     except DataError as e: return str(e)
     return ""
 
-def _checked(records, max_pixels, threads):
+def _checked(records, max_pixels, decode, threads):
     "Records with their problems, in order."
     records = iter(records)
     with ThreadPoolExecutor(threads) as pool:
         while some := list(islice(records, 64)):
-            yield from zip(some, pool.map(lambda r: _problem(r, max_pixels), some))
+            yield from zip(some, pool.map(lambda r: _problem(r, max_pixels, decode), some))
 
 def _table(rows, schema):
     "Rows as a table; DataError names the row whose values are of another kind than those before it."
@@ -117,8 +119,9 @@ def _table(rows, schema):
     for row, name in ((row, name) for row in rows for name in schema.names):
         try: pa.array([row.get(name)], schema.field(name).type)
         except (pa.ArrowException, TypeError, OverflowError):
-            raise DataError(f"{row['id']} has {name}={row[name]!r}, and those before it had values of type "
-                            f"{schema.field(name).type}: give the column one type.") from None
+            raise DataError(f"{row['id']} has {name}={row[name]!r}, and the column was taken for "
+                            f"{schema.field(name).type} by the first pictures: give the column values of one "
+                            f"type, or name it, types={{{name!r}: ...}}.") from None
 
 class _Files:
     "The Parquet files of a collection, one a split, which appear together when all is written."
@@ -154,10 +157,13 @@ class _Files:
 _KINDS = {bool: "bool", int: "int64", float: "float64", str: "string"}
 _OURS = "id", "image", "captions", "split", "from", "problem"
 
-def _schema(records, n_captions):
+def _schema(records, n_captions, types):
     "The columns of a collection that starts with these records, as `datasets` reads them."
     from datasets import Features, Image, Value
     kinds: dict[str, Any] = {"id": "string", **{f"caption_{i}": "string" for i in range(n_captions)}}
+    if unknown := sorted({*types.values()} - {*_KINDS.values()}):
+        raise ConfigError(f"Unknown type {unknown[0]!r}: use {', '.join(_KINDS.values())}.")
+    kinds |= {name: types[name] for name in sorted(types)}
     for record in records:
         for name in record.keys() - kinds.keys() - {*_OURS}: kinds[name] = None
         kinds |= {k: _KINDS[type(v)] for k, v in record.items() if kinds.get(k, 0) is None and v is not None}
@@ -171,13 +177,14 @@ def _row(record, schema, n_captions):
         raise ConfigError(f"{record['id']} has {n} captions, and those before it had {n_captions} at most: "
                           f"give n_captions={n}.")
     if more := sorted(record.keys() - {*schema.names, *_OURS}):
-        raise DataError(f"{record['id']} has a column {more[0]!r} that those before it don't have.")
+        raise DataError(f"{record['id']} has a column {more[0]!r} that those before it don't have: give its "
+                        f"type, types={{{more[0]!r}: {_KINDS.get(type(record[more[0]]), 'string')!r}}}.")
     captions = {f"caption_{i}": text for i, text in enumerate(record["captions"])}
     return {k: v for k, v in record.items() if k not in _OURS[2:]} | captions
 
 def _place(record, seed, shares, splits):
     "The split of a record: its own, or one that follows from its group or its bytes; a group has but one."
-    group = record.get("group")
+    group = None if record.get("group") in (None, "") else str(record["group"])
     split = record.get("split") or split_of(group or record["image"]["bytes"], seed, shares)
     if split not in SPLITS:
         raise DataError(f"{record['id']} has the split {split!r}: use {', '.join(SPLITS)}, or none.")
@@ -196,8 +203,10 @@ def write_collection(
     seed=0,                 # of the splits that are not given
     shares=(0.8, 0.1),      # of train and validation, where splits are not given
     n_captions=None,        # columns for captions; what the first pictures have by default
+    types=None,             # {"stars": "int64"}: bool, int64, float64, string; what the first pictures have
     max_pixels=MAX_PIXELS,  # larger pictures are not unpacked
     max_bad_fraction=0.0,   # share of pictures that may be unusable
+    decode=True,            # each picture, to see that it can be; False where that was done
     threads=None,           # that decode
     total=None,             # how many there will be, for the progress bar
     progress=True,
@@ -206,12 +215,12 @@ def write_collection(
     folder, bad, seen, number = Path(folder), [], set(), -1
     splits: dict[Any, str] = {}  # by group
     bar = tqdm(records, "pictures", total, disable=not progress)
-    checked = _checked(bar, max_pixels, threads or default_threads())
+    checked = _checked(bar, max_pixels, decode, threads or default_threads())
     if not (first := list(islice(checked, 512))): raise DataError("There are no pictures.")
     n_captions = n_captions or max(len(r["captions"]) for r, _ in first)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        files = _Files(folder, _schema([r for r, _ in first], n_captions), stack)
+        files = _Files(folder, _schema([r for r, _ in first], n_captions, types or {}), stack)
         for number, (record, problem) in enumerate(chain(first, checked)):
             problem = problem or ("duplicate id" if record["id"] in seen else "")
             seen.add(record["id"])
@@ -258,4 +267,7 @@ def collect(
     records = (scenes(n, side, seed, damage=damage) if source == "scenes" else
                flickr8k_records(path) if source == "flickr8k" else
                folder_records(path) if source == "imagefolder" else parquet_records(path))
+    if path and source != "imagefolder":
+        types = {name: kind for name, kind in column_types(path).items() if name not in _OURS}
+        options["types"] = types | (options.get("types") or {})
     return write_collection(records, folder, seed=seed, total=n if source == "scenes" else None, **options)

@@ -35,13 +35,13 @@ def _to_rgb(image):
 # %% ../nbs/02_images.ipynb #0c7ae863
 def read_image(
     data,                   # bytes of a file
-    max_pixels=MAX_PIXELS,  # larger ones are refused before they are unpacked
+    max_pixels=MAX_PIXELS,  # larger ones are refused before they are unpacked; None where that was looked at
 ) -> Image.Image:           # RGB, the right way up, the first frame of an animation
     "Decode a picture; DataError says why it can't be."
     if not data: raise DataError("there are no bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if (n := image.width * image.height) > max_pixels:
+        if max_pixels is not None and (n := image.width * image.height) > max_pixels:
             raise DataError(f"it has {n:,} pixels, more than {max_pixels:,}")
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -62,11 +62,11 @@ def read_pixels(
     try:
         if isinstance(image, str | Path): image = Path(image).read_bytes()
         if isinstance(image, bytes | bytearray | memoryview): image = read_image(bytes(image), max_pixels)
-        if isinstance(image, Image.Image): return np.asarray(image.convert("RGB")), None
+        if isinstance(image, Image.Image): return np.asarray(_to_rgb(image)), None
         good = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
         why = f"it is an array of {image.dtype} {image.shape}: expected uint8 (H, W, 3)"
         return (image, None) if good else (None, why)
-    except (DataError, OSError) as e: return None, str(e)
+    except (DataError, OSError, ValueError) as e: return None, str(e)
     except AttributeError: return None, f"it is a {type(image).__name__}: give bytes, a path or a picture"
 
 def image_bytes(

@@ -102,6 +102,6 @@ def fill(
     "Put weights into a network."
     try: network.load_state_dict(tensors)
     except RuntimeError as e:
-        why = str(e).splitlines()[0]
+        why = " ".join(str(e).split())[:300]
         raise ModelFormatError(f"{path}: its weights don't fit its metadata ({why}).") from None
     return network.eval()

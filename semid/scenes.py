@@ -257,7 +257,7 @@ def scenes(
     damage=None,   # (picture, numpy generator) -> damaged picture, family, severity
 ) -> Iterator[dict[str, Any]]:  # id, image {bytes, path}, captions; group, copy_kind, damage, severity, scene
     "Rendered pictures with the truth beside them, the same ones for the same settings."
-    if n < 1 or not 0 <= copies <= 1 or not 0 <= damaged <= 1 - copies:
+    if n < 1 or not 0 <= copies <= 1 or not (0 <= damaged and copies + damaged <= 1 + 1e-9):
         raise ConfigError("n must be at least 1, and copies and damaged shares that are together at most 1.")
     source, harmed = _roles(n, copies, damaged if damage else 0, seed)
     for i in range(n):

@@ -1,7 +1,10 @@
 "Collections of real photographs and of folders: every picture is there, or listed with the reason."
+import datetime
 import io
 from collections import Counter
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import real_data
@@ -10,6 +13,7 @@ from PIL import Image
 from semid.collection import collect, open_collection
 from semid.config import DataError
 from semid.images import image_bytes, read_image
+from semid.picture_sources import pictures_at
 
 
 def pictures(folder, *names, size=(40, 40)):
@@ -51,6 +55,42 @@ def test_no_picture_of_a_folder_is_passed_over(tmp_path):
     aside = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert {line["id"] for line in aside} == {"c.png", "gone.png", "phone.heic"}
     assert all(line["reason"] for line in aside)
+
+
+def test_links_out_of_a_folder_are_followed(tmp_path):
+    pictures(tmp_path / "store", "one.png")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.png").symlink_to(tmp_path / "store" / "one.png")
+    found = collect("imagefolder", tmp_path / "out", tmp_path / "linked", progress=False)
+    assert [r["id"] for r in found.records()] == ["a.png"]
+
+
+def test_what_parquet_holds_is_kept(tmp_path):
+    "Ids are whole paths, whole-number groups stay together, late values keep their type, dates are text."
+    colours = [(i % 256, i // 256, 9) for i in range(900)]
+    data = [{"bytes": image_bytes(Image.new("RGB", (40, 40), colour)), "path": f"{i % 3}/{i}.png"}
+            for i, colour in enumerate(colours)]
+    table = pa.table({"image": data, "group": [i // 30 for i in range(900)],
+                      "stars": pa.array([None] * 800 + [5] * 100, pa.int64()),
+                      "taken": [datetime.date(2024, 5, 1 + i % 28) for i in range(900)]})
+    pq.write_table(table, tmp_path / "some.parquet")
+    found = collect("parquet", tmp_path / "out", tmp_path / "some.parquet", progress=False)
+    records = {r["id"]: r for r in found.records(images=False)}
+    assert len(records) == 900 and "2/899.png" in records
+    assert records["2/899.png"]["stars"] == 5 and records["0/0.png"]["taken"] == "2024-05-01"
+    splits = {}
+    for r in records.values(): splits.setdefault(r["group"], set()).add(r["split"])
+    assert {len(s) for s in splits.values()} == {1}
+
+
+def test_parquet_that_dresses_as_a_folder_of_pictures(tmp_path):
+    pictures(tmp_path / "shots", "a.png")
+    pq.write_table(pa.table({"score": [1.0]}), tmp_path / "shots" / "scores.parquet")
+    assert [Path(name).name for name, _ in pictures_at([tmp_path / "shots"])] == ["a.png"]
+    links = pa.table({"image": [{"bytes": None, "path": "../secret.png"}]})
+    pq.write_table(links, tmp_path / "shots" / "links.parquet")
+    pictures(tmp_path, "secret.png")
+    assert dict(pictures_at([tmp_path / "shots"]))["../secret.png"] == b""
 
 
 def test_a_folder_without_splits_is_split_by_picture(tmp_path):

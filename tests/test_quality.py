@@ -1,5 +1,4 @@
 "Quality models: a killed run ends as a whole one, the documented calls work, Ray gives the same rows."
-import resource
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image
 
 from semid.collection import collect, open_collection
+from semid.config import ConfigError
 from semid.images import image_bytes, read_image
 from semid.quality.degradations import FAMILIES, degrade, random_damage
 from semid.quality.model import QualityAssessmentInference
@@ -66,7 +66,10 @@ def test_a_killed_training_ends_as_a_whole_one(project):
     words = [*TRAIN, "killed"]
     checkpoint = project / "killed" / "checkpoint.safetensors"
     running = subprocess.Popen([SEMID, *words], cwd=project, stderr=subprocess.DEVNULL)
-    while not checkpoint.exists(): time.sleep(0.02)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
     running.kill()
     running.wait()
     assert checkpoint.exists() and not (project / "killed" / "model.safetensors").exists()
@@ -112,13 +115,60 @@ def test_the_documented_snippet_where_there_is_no_gpu(project, tmp_path, monkeyp
     assert set(said) == set(FAMILIES) and all(0 <= severity <= 1 for severity in said.values())
 
 
-def test_large_pictures_are_not_kept_whole(project):
+LARGE = """
+import resource, sys
+from pathlib import Path
+from semid.quality.model import QualityAssessmentInference
+model, large = QualityAssessmentInference(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+model.predict([large])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert len(set(model.predict([large] * 24))) == 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_large_pictures_are_not_kept_whole(project, tmp_path):
     "Memory of a batch is that of its tiles: 24 pictures of 36 million pixels would be 2.6 GB."
-    model = QualityAssessmentInference(project / "model", batch_size=64)
-    large = image_bytes(Image.new("RGB", (6000, 6000), "navy"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(set(model.predict([large] * 24))) == 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_200_000  # kB
+    (tmp_path / "large.jpg").write_bytes(image_bytes(Image.new("RGB", (6000, 6000), "navy")))
+    command = [sys.executable, "-c", LARGE, project / "model", tmp_path / "large.jpg"]
+    grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 700_000  # kB: a picture for each thread, and what decoding it takes
+
+
+def test_a_picture_is_the_same_however_it_comes(project):
+    model = QualityAssessmentInference(project / "model")
+    clear = Image.new("RGBA", (64, 64), (200, 20, 20, 0))
+    deep = Image.fromarray(np.full((64, 64), 20_000, np.uint16))
+    for image in (clear, deep):
+        a, b = model.predict([image, image_bytes(image, "PNG")])
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--epochs", 0], "epochs must be"), (["--batch-size", 0], "batch_size must be"),
+    (["--seed", -1], "seed must be"), (["--heads", "a,a"], "names of their own"),
+])
+def test_slips_are_one_sentence(tmp_path, words, says):
+    np.save(tmp_path / "x.npy", np.zeros((100, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "y.npy", np.zeros((100, 2)))
+    arrays = "--train-images", "x.npy", "--train-labels", "y.npy", "--groups", "g.npy"
+    np.save(tmp_path / "g.npy", np.arange(100))
+    done = semid("quality", "train", *arrays, *words, "-q", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), "much"])
+def test_thresholds_are_shares(project, threshold):
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        VisualDegradationsRefiner(project / "model", {"watermark": threshold})
+
+
+def test_a_loaded_model_will_do(project):
+    model = QualityAssessmentInference(project / "model")
+    refined = VisualDegradationsRefiner(model, {"score": 0}, progress=False).refine(
+        open_collection(project / "scenes"))
+    assert refined.counts()["kept"] == 300
 
 
 def test_files_that_cannot_be_read_have_an_error(project, tmp_path):

@@ -47,7 +47,7 @@ def collect(
     typer.echo(f"{output}: {found}")
 
 # %% ../../nbs/cli/03_pictures.ipynb #c8baff89
-def _examples(train_images, train_labels, heads, groups, collection, per_epoch, seed):
+def _examples(train_images, train_labels, heads, groups, collection, most_pictures, per_epoch, seed):
     "What a quality model is trained on: arrays, or clean pictures of a collection."
     from semid.collection import open_collection
     from semid.quality.examples import clean_pictures, degraded_examples, labelled_examples
@@ -56,7 +56,7 @@ def _examples(train_images, train_labels, heads, groups, collection, per_epoch, 
         raise ConfigError("Name either --collection, or both --train-images and --train-labels.")
     if collection:
         found = open_collection(collection)
-        clean = (clean_pictures(found, split, seed=seed) for split in ("train", "validation"))
+        clean = (clean_pictures(found, split, most_pictures, seed=seed) for split in ("train", "validation"))
         return degraded_examples(*clean, per_epoch=per_epoch, seed=seed)
     names = heads.split(",") if heads else None
     return labelled_examples(load_npy(train_images), load_npy(train_labels), names,
@@ -73,6 +73,7 @@ def train_command(
         help="Instead: a collection, whose clean pictures are damaged on the way.")] = None,
     output_path: ModelPath = Path("models/quality"),
     epochs: Annotated[int, typer.Option(help="How many.")] = 10,
+    most_pictures: Annotated[int, typer.Option(help="--collection: a sample of so many of a split.")] = 1000,
     per_epoch: Annotated[int, typer.Option(help="--collection: crops an epoch.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 3e-3,
@@ -89,7 +90,7 @@ def train_command(
     from contextlib import nullcontext
     from semid.quality.model import train_quality
     from semid.tracking import start_run
-    data = _examples(train_images, train_labels, heads, groups, collection, per_epoch, seed)
+    data = _examples(train_images, train_labels, heads, groups, collection, most_pictures, per_epoch, seed)
     settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, width=width, patience=patience, seed=seed)
     with start_run("quality", {**settings, "data": data.about}) if track else nullcontext() as tracked:
         history = train_quality(
@@ -106,12 +107,14 @@ def score(
     images: Annotated[list[Path], typer.Argument(help="Pictures, folders of them, collections, Parquet.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet: id, score, severities, error.")],
     model_path: ModelPath = Path("models/quality"),
+    max_pixels: Annotated[int, typer.Option(help="Larger ones get an error.")] = 64_000_000,
     device: Device = "auto",
     quiet: Quiet = False,
 ):
     "Score pictures; one that can't be decoded gets an error, and the others their scores."
     from semid.quality.refiner import score_pictures
-    table = score_pictures(model_path, images, output, device=device, progress=not quiet)
+    table = score_pictures(model_path, images, output, device=device, max_pixels=max_pixels,
+                           progress=not quiet)
     broken = len(table) - table["error"].null_count
     typer.echo(f"{output}: {len(table):,} pictures, {broken:,} that can't be decoded")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..config import ConfigError
+from ..config import ConfigError, DataError
 from .degradations import FAMILIES, GROUPS, degrade
 
 # %% ../../nbs/quality/05_evaluation.ipynb #f95c25f2
@@ -77,6 +77,12 @@ def _auroc(clean, damaged):
     truth = np.r_[np.zeros(clean.size), np.ones(damaged.size)]
     return float(roc_auc_score(truth, -np.r_[clean, damaged.ravel()]))
 
+def _calibration_error(said, truth, bins=10):
+    "Expected calibration error: by how much the mean truth differs from what was said, in bins of it."
+    place = np.minimum((said * bins).astype(int), bins - 1)
+    gaps = [abs(said[place == i].sum() - truth[place == i].sum()) for i in range(bins)]
+    return float(sum(gaps) / len(said))
+
 def severity_table(
     judged,  # a `Judged`
 ) -> list[dict[str, Any]]:
@@ -97,12 +103,15 @@ def severity_table(
 def severity_summary(
     judged,  # a `Judged`
 ) -> dict[str, float]:
-    "Means over the families; AUROC of the score over all damaged pictures together."
+    "Means over the families; AUROC and calibration error of the score over all pictures together."
     rows, score = severity_table(judged), judged.damaged[..., -1]
+    truth = 1 - np.broadcast_to(np.arange(1, 6)[:, None] / 5, score.shape)
     mean = lambda key: float(np.mean([row[key] for row in rows if row[key] is not None] or [np.nan]))
     clean = judged.clean[:, -1]
     return {"mean srcc": mean("srcc"), "mean score srcc": mean("score srcc"),
-            "auroc >= 3": _auroc(clean, score[:, 2:]), "auroc": _auroc(clean, score)}
+            "auroc >= 3": _auroc(clean, score[:, 2:]), "auroc": _auroc(clean, score),
+            "score ece": _calibration_error(np.r_[clean, score.ravel()],
+                                            np.r_[np.ones(len(clean)), truth.ravel()])}
 
 # %% ../../nbs/quality/05_evaluation.ipynb #34ffc48e
 def rejection_report(
@@ -117,6 +126,7 @@ def rejection_report(
     lines = [line for line in refined.table.select(["id", "split", "status"]).to_pylist()
              if line["status"] != "quarantined" and (splits is None or line["split"] in splits)]
     rejected = np.array([line["status"] == "rejected" for line in lines])
+    if not lines: raise DataError(f"There is no picture in {', '.join(splits or ['the collection'])}.")
     family, severity = np.array([truth[line["id"]] for line in lines], object).T
     severity = severity.astype(int)
     share = lambda chosen: float(rejected[chosen].mean()) if chosen.any() else None

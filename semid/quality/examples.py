@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..collection import split_of
-from ..config import DataError, ShapeMismatchError, default_threads
+from ..config import ConfigError, DataError, ShapeMismatchError, default_threads
 from ..images import image_bytes, read_image
 from .degradations import FAMILIES, degrade
 
@@ -90,10 +90,10 @@ def _stored(cut, rng):
     if rng.random() < 0.5: return cut
     return np.asarray(read_image(image_bytes(Image.fromarray(cut), quality=int(rng.integers(90, 99)))))
 
-def _of_use(pictures, crop):
+def _of_use(pictures, crop, purpose):
     "RGB pictures that are large enough for a crop, and its side."
     pictures = [np.asarray(p.convert("RGB") if isinstance(p, Image.Image) else p) for p in pictures]
-    if not pictures: raise DataError("There are no clean pictures to learn from.")
+    if not pictures: raise DataError(f"There are no clean pictures to {purpose}.")
     sides = np.array([min(p.shape[:2]) for p in pictures])
     side = int(min(crop, np.median(sides)))
     if side < 32: raise DataError(f"Most pictures are smaller than {side + 1} pixels: 32 are needed.")
@@ -105,14 +105,14 @@ def degraded_examples(
     *,
     per_epoch=4096,   # crops an epoch
     n_validation=None,  # crops to judge by; a quarter of an epoch by default
-    crop=128,         # pixels of a side; less where pictures are smaller
+    crop=128,         # pixels of a side; less where most are smaller, and those smaller still are left out
     clean=0.4,        # share of crops that stay as they are: more of them, fewer false alarms
     seed=0,           # of the crops to judge by
 ) -> Examples:
     "Examples from clean pictures, which are damaged as they are drawn."
-    n_validation = n_validation or max(32, per_epoch // 4)
-    train, side = _of_use(train, crop)
-    validation = _of_use(validation, side)[0]
+    n_validation, n_given = n_validation or max(32, per_epoch // 4), len(train)
+    train, side = _of_use(train, crop, "learn from")
+    validation = _of_use(validation, side, "judge by")[0]
     side = min(side, min(min(p.shape[:2]) for p in validation))
     def some(pictures, n, batch_size, *seeds):
         def make(i):
@@ -122,7 +122,8 @@ def degraded_examples(
         return _ahead(make, -(-n // batch_size))
     @cache  # they are the same after every epoch
     def judged(batch_size): return list(some(validation, n_validation, batch_size, seed, 2))
-    about = {"pictures": len(train), "crop": side, "clean": clean, "per_epoch": per_epoch,
+    about = {"pictures": len(train), "too_small": n_given - len(train), "crop": side, "clean": clean,
+             "per_epoch": per_epoch,
              "sha256": _digest([*train, *validation])}
     return Examples(FAMILIES, lambda batch_size, seed: some(train, per_epoch, batch_size, seed, 1),
                     lambda batch_size: iter(judged(batch_size)), per_epoch, side, about)
@@ -142,7 +143,7 @@ def clean_pictures(
     found = []
     for record in collection.records(split):
         if record["id"] not in chosen: continue
-        pixels = np.asarray(read_image(record["image"]["bytes"]))
+        pixels = np.asarray(read_image(record["image"]["bytes"], None))
         y, x = (int(rng.integers(max(0, n - window) + 1)) for n in pixels.shape[:2])
         found.append(np.ascontiguousarray(pixels[y:y + window, x:x + window]))
     return found
@@ -156,11 +157,14 @@ def _check_arrays(images, labels, heads):
     if labels.ndim not in (1, 2) or len(labels) != len(images):
         raise ShapeMismatchError(f"The labels have shape {labels.shape}: expected ({len(images)},), a score "
                                  f"for each picture, or ({len(images)}, heads) severities.")
+    if labels.dtype.kind not in "fiub": raise DataError(f"Labels must be numbers, not {labels.dtype}.")
     if not (np.isfinite(labels).all() and (labels >= 0).all() and (labels <= 1).all()):
         raise DataError("Labels must be numbers from 0 to 1.")
     n = labels.shape[1] if labels.ndim == 2 else 0
     if heads is None: heads = FAMILIES if n == len(FAMILIES) else [f"damage_{i}" for i in range(n)]
     if len(heads) != n: raise ShapeMismatchError(f"There are {len(heads)} names for {n} heads.")
+    if len({*heads, "score"}) != n + 1:
+        raise ConfigError("Heads need names of their own, and none may be 'score'.")
     return tuple(heads)
 
 def labelled_examples(
@@ -185,6 +189,8 @@ def labelled_examples(
     targets = np.c_[labels.reshape(len(labels), -1)[:, :len(heads)], scores]
     def some(rows, batch_size):
         parts = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        if len(parts) > 1 and len(parts[-1]) == 1:  # batch norm needs more than one
+            parts[-2:] = [np.r_[parts[-2], parts[-1]]]
         return (_batch([images[i] for i in part], targets[part]) for part in parts)
     learned, judged = np.flatnonzero(~held), np.flatnonzero(held)
     def shuffled(batch_size, seed):

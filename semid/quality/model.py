@@ -17,7 +17,7 @@ from ..config import DataError, ModelFormatError, default_threads, save_figure
 from ..config import device as device_of
 from ..images import MAX_PIXELS, read_pixels
 from ..networks import check_room, fill, read_network, write_network
-from ..training import learning_rate, precision_on, train
+from ..training import check_settings, learning_rate, precision_on, train
 
 # %% ../../nbs/quality/03_model.ipynb #d2268c83
 def _loss(logits, targets):
@@ -85,6 +85,7 @@ def train_quality(
     "Train a quality model and write it, with its curves beside it."
     import torch
     from semid.quality.network import QualityNetwork
+    check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
     own = None if checkpoint else output_path / "checkpoint.safetensors"
@@ -106,9 +107,11 @@ def train_quality(
                  checkpoint=checkpoint or own, resume=resume, about=about, log=log,
                  progress="quality" if progress else None)
     logits, targets = _outputs(network, data.validation(batch_size), where)
-    write_network(output_path, KIND, network, **about, tile=data.side, seed=seed,
-                  calibration=_calibration(logits, targets), history=done.history,
-                  best_epoch=done.best_epoch)
+    calibration = _calibration(logits, targets)
+    write_network(output_path, KIND, network, **about, tile=data.side, seed=seed, calibration=calibration,
+                  history=done.history, best_epoch=done.best_epoch)
+    scale, shift = np.array(calibration).T
+    logits = logits * scale + shift
     save_figure(plot_training(done.history, logits, targets, data.heads), output_path / "training.png")
     if own: own.unlink(missing_ok=True)
     return done.history
@@ -116,19 +119,21 @@ def train_quality(
 
 
 # %% ../../nbs/quality/03_model.ipynb #848e977f
+_SEEN = np.log(9)  # logit of a score of 0.9: between clean, 1, and severity 1, 0.8
+
 def _confusion(logits, targets):
     "Share of pictures of each damage, and of clean ones, by the head that says most."
     n = targets.shape[1] - 1
     kind = lambda severities, present: np.where(present, severities.argmax(1), n)
     actual = kind(targets[:, :-1], targets[:, :-1].max(1) > 0)
-    said = kind(logits[:, :-1], logits[:, -1] < 0)
+    said = kind(logits[:, :-1], logits[:, -1] < _SEEN)
     table = np.zeros((n + 1, n + 1))
     np.add.at(table, (actual, said), 1)
     return table / np.maximum(table.sum(1, keepdims=True), 1)
 
 def plot_training(
     history,   # of `train_quality`
-    logits,    # (n, heads + 1) on pictures that were not learned from
+    logits,    # (n, heads + 1), calibrated, on pictures that were not learned from
     targets,   # (n, heads + 1)
     heads,     # names
 ):             # a matplotlib figure
@@ -173,7 +178,8 @@ class Assessment:
 def _places(length, side, most=4):
     "Where tiles begin on an edge, on the grid of JPEG's blocks."
     n = min(most, -(-length // side))
-    return [(length - side) * i // (n - 1) // 8 * 8 for i in range(n)] if n > 1 else [0]
+    if n == 1: return [0]
+    return sorted({(length - side) * i // (n - 1) // 8 * 8 for i in range(n)})
 
 def _tiles(pixels, side):
     "Tiles that cover a picture, or are spread over a large one; a small one as it is."
@@ -189,9 +195,10 @@ class QualityAssessmentInference:
         model_path,              # folder of the model
         device="cpu",            # "auto", "cpu", "cuda", "mps"
         batch_size=32,           # tiles that go through the network together
-        max_pixels=MAX_PIXELS,   # larger ones are refused
+        max_pixels=MAX_PIXELS,   # larger ones are refused; None where that was looked at
     ):
         from semid.quality.network import QualityNetwork
+        self.path = Path(model_path)
         self.about, tensors = read_network(model_path, KIND)
         keys = "heads", "width", "calibration", "tile"
         try: heads, width, calibration, self.tile = (self.about[k] for k in keys)
@@ -224,11 +231,12 @@ class QualityAssessmentInference:
 
     def assess(
         self,
-        images,  # a list of encoded bytes, paths, PIL pictures or (H, W, 3) uint8 arrays
+        images,        # a list of encoded bytes, paths, PIL pictures or (H, W, 3) uint8 arrays
+        threads=None,  # that decode
     ) -> list[Assessment]:
         "Score and severities of each picture, or why it can't be decoded."
         images, found = list(images), []
-        with ThreadPoolExecutor(default_threads()) as pool:
+        with ThreadPoolExecutor(threads or default_threads()) as pool:
             for at in range(0, len(images), _AT_ONCE):
                 found += self._assess([*pool.map(self._read, images[at:at + _AT_ONCE])])
         return found

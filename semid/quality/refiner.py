@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from ..collection import SPLITS, Collection, write_collection
 from ..config import ConfigError, DataError, atomic_path, default_threads, write_json
+from ..config import device as device_of
 from ..features import check_apart
-from ..images import contact_sheet, read_image
+from ..images import MAX_PIXELS, contact_sheet, read_image
 from ..picture_sources import pictures_at
 from .model import QualityAssessmentInference
 from ..ray_cluster import start_ray
@@ -34,7 +35,7 @@ LEAST_SCORE = 0.6  # severity 2 has it, where the model is sure
 def _verdict(found, least, limits):
     "Status, family and reason of an assessment."
     if found.error: return QUARANTINED, None, found.error
-    over = [f for f, most in limits.items() if found.degradations[f] >= most]
+    over = [f for f, most in limits.items() if found.degradations[f] > most]
     if found.score >= least and not over: return KEPT, None, None
     family = max(over, key=found.degradations.__getitem__) if over else found.worst
     severity = f"{family} {found.degradations[family]:.2f}, " if family else ""
@@ -45,13 +46,13 @@ def _schema(heads):
              ("family", pa.string()), ("severity", pa.float32()), ("reason", pa.string())]
     return pa.schema([*first, *((head, pa.float32()) for head in heads)])
 
-def _lines(model, records, least, limits):
+def _lines(model, records, rest, threads=None):
     "A line for each record; scores are rounded, so that how pictures were batched makes no difference."
-    found = model.assess([r["image"]["bytes"] for r in records])
+    found = model.assess([r["image"]["bytes"] for r in records], threads)
     short = lambda x: None if x is None else round(x, 4)
     for record, one in zip(records, found):
         one.score, one.degradations = short(one.score), {k: short(v) for k, v in one.degradations.items()}
-        status, family, reason = _verdict(one, least, limits)
+        status, family, reason = _verdict(one, *rest)
         severity = one.degradations.get(family)
         yield {"id": record["id"], "split": record["split"], "status": status, "score": one.score,
                "family": family, "severity": severity, "reason": reason, **one.degradations}
@@ -79,16 +80,18 @@ class Refined:
         folder,           # kept pictures go here as a collection, all verdicts as scores.parquet
         progress=False,
     ) -> Collection:      # what was kept
-        "Write the pictures that are kept, then the verdicts on all."
+        "Write the verdicts on all pictures, then those that are kept."
         read = [file for files in self.collection.files.values() for file in files]
         for split in SPLITS: check_apart(Path(folder) / f"{split}.parquet", read)
         keep = set(self.table.filter(pc.equal(self.table["status"], KEPT))["id"].to_pylist())
+        with atomic_path(Path(folder) / "scores.parquet") as tmp: pq.write_table(self.table, tmp)
         if not keep:
-            raise DataError("No picture is kept: lower the least score.")
+            raise DataError(f"No picture is kept: lower the least score. Why is in "
+                            f"{Path(folder) / 'scores.parquet'}.")
         kept = (r for r in self.collection.records() if r["id"] in keep)
         n_captions = len(self.collection.caption_columns)
-        written = write_collection(kept, folder, n_captions=n_captions, total=len(keep), progress=progress)
-        with atomic_path(Path(folder) / "scores.parquet") as tmp: pq.write_table(self.table, tmp)
+        written = write_collection(kept, folder, n_captions=n_captions, decode=False, total=len(keep),
+                                   progress=progress)
         about = {**self.about, **self.counts(), "families": self.families()}
         write_json(Path(folder) / "refined.json", about)
         return written
@@ -103,7 +106,7 @@ class Refined:
         shown = rejected[::-(-len(rejected) // most) or 1][:most]
         reason = {line["id"]: line["reason"].replace(", ", "\n").replace("_", " ") for line in shown}
         found = (r for r in self.collection.records() if r["id"] in reason)
-        images = {r["id"]: read_image(r["image"]["bytes"]) for r in found}
+        images = {r["id"]: read_image(r["image"]["bytes"], None) for r in found}
         return contact_sheet([images[name] for name in reason], reason.values(), columns)
 
 # %% ../../nbs/quality/04_refiner.ipynb #818977a0
@@ -125,7 +128,7 @@ def _judged(model, piece, rest):
         raise DataError(f"{piece['file']} can't be read as Parquet: {e}") from None
     records = [row | {"split": piece["split"]} for row in rows]
     parts = [records[i:i + 64] for i in range(0, len(records), 64)]
-    lines = [line for part in parts for line in _lines(model, part, *rest)]
+    lines = [line for part in parts for line in _lines(model, part, rest, 1)]
     table = pa.Table.from_pylist(lines, _schema(model.heads))
     return table.append_column("piece", pa.array([piece["number"]] * len(lines), pa.int64()))
 
@@ -134,7 +137,7 @@ class _Scorer:
     def __init__(self, model_path, device, rest):
         import torch
         torch.set_num_threads(1)
-        self.model, self.rest = QualityAssessmentInference(model_path, device), rest
+        self.model, self.rest = QualityAssessmentInference(model_path, device, max_pixels=None), rest
     def __call__(self, pieces: pa.Table) -> pa.Table:
         return pa.concat_tables(_judged(self.model, piece, self.rest) for piece in pieces.to_pylist())
 
@@ -157,8 +160,9 @@ def _on_ray(pieces, n_workers, address, scorer_args, bar):
     ray, ours = start_ray(n_workers, 1, address, 2e8)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
+        on_gpu = device_of(scorer_args[1]).startswith("cuda")
         done = ray.data.from_items(pieces).map_batches(
-            _Scorer, batch_size=1, batch_format="pyarrow", concurrency=n_workers,
+            _Scorer, batch_size=1, batch_format="pyarrow", concurrency=n_workers, num_gpus=int(on_gpu),
             fn_constructor_args=scorer_args)
         with bar:
             for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -172,8 +176,8 @@ class VisualDegradationsRefiner:
     "Sorts the pictures of a collection by how damaged they are."
     def __init__(
         self,
-        model,             # folder of a quality model
-        thresholds=None,   # {"score": 0.6} at least; and severities at most by family, {"watermark": 0.2}
+        model,             # folder of a quality model, or a `QualityAssessmentInference`
+        thresholds=None,   # {"score": 0.6}, the least; and by family the most, {"watermark": 0.2}
         *,
         device="auto",
         n_workers=0,       # Ray workers; with 0 all is done in this process
@@ -181,9 +185,13 @@ class VisualDegradationsRefiner:
         progress=True,
     ):
         thresholds = {"score": LEAST_SCORE, **(thresholds or {})}
-        self.model_path, self.device, self.progress = Path(model), device, progress
+        for name, value in thresholds.items():
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ConfigError(f"The threshold for {name} must be a number from 0 to 1, not {value!r}.")
+        self.device, self.progress = device, progress
         self.n_workers, self.address, self.score = n_workers, address, thresholds.pop("score")
-        self.model = QualityAssessmentInference(model, device)
+        given = isinstance(model, QualityAssessmentInference)
+        self.model = model if given else QualityAssessmentInference(model, device, max_pixels=None)
         if unknown := sorted(thresholds.keys() - {*self.model.heads}):
             raise ConfigError(f"The model does not know {unknown[0]!r}: thresholds are for score and for "
                               f"{', '.join(self.model.heads)}.")
@@ -191,11 +199,11 @@ class VisualDegradationsRefiner:
 
     def judge(
         self,
-        records,  # dicts with id, split, image {bytes, path}; or encoded pictures, one after the other
+        records,  # dicts with id, split, image {bytes, path}, one after the other
     ) -> Iterator[dict]:  # id, split, status, score, family, severity, reason, and each severity
         "The verdict on each picture, in order."
-        records = iter(records)
-        while some := list(islice(records, 64)): yield from _lines(self.model, some, self.score, self.limits)
+        records, rest = iter(records), (self.score, self.limits)
+        while some := list(islice(records, 64)): yield from _lines(self.model, some, rest)
 
     def refine(
         self,
@@ -206,7 +214,7 @@ class VisualDegradationsRefiner:
         if not pieces: raise DataError("The collection has no pictures.")
         bar = tqdm(desc="judged", total=len(collection), disable=not self.progress, unit="picture")
         if self.n_workers or self.address:
-            args = (str(self.model_path.resolve()), self.device, rest)
+            args = (str(self.model.path.resolve()), self.device, rest)
             table = _on_ray(pieces, max(1, self.n_workers), self.address, args, bar)
         else: table = _here(pieces, self.model, rest, bar)
         thresholds = {"score": self.score, **self.limits}
@@ -220,10 +228,12 @@ def score_pictures(
     output=None,    # Parquet to write
     *,
     device="auto",
+    max_pixels=MAX_PIXELS,  # larger ones get an error
     progress=True,
 ) -> pa.Table:      # id, score, a severity a head, error
     "Score pictures, each by itself: what can't be decoded has an error and no score."
-    model, found, parts = QualityAssessmentInference(model_path, device), pictures_at(paths, output), []
+    model = QualityAssessmentInference(model_path, device, max_pixels=max_pixels)
+    found, parts = pictures_at(paths, output), []
     schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in ("score", *model.heads)),
                         ("error", pa.string())])
     pictures = iter(tqdm(found, "scored", disable=not progress))
