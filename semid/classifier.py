@@ -7,6 +7,7 @@ __all__ = ['KIND', 'Labelled', 'labelled_collection', 'labelled_arrays', 'train_
            'ImageClassifier', 'classify_pictures']
 
 # %% ../nbs/06_classifier.ipynb #a317255d
+import hashlib, json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .backbone import N_FEATURES, Backbone, load_pretrained, square
 from .collection import split_of
 from .config import (ConfigError, DataError, ModelFormatError, ShapeMismatchError, atomic_path,
                           default_threads, save_figure)
@@ -41,15 +42,16 @@ class Labelled:
     is_train: np.ndarray      # (n,) bool; the others are judged by
     classes: tuple[str, ...]
 
+    def digest(self) -> str:
+        "sha256 of all of it, by which a training that goes on knows its data."
+        found = hashlib.sha256(json.dumps(self.classes).encode())
+        for array in (self.images.numpy(), self.labels.numpy(), self.is_train): found.update(array.tobytes())
+        return found.hexdigest()
+
     def __post_init__(self):
         if len(self.classes) < 2: raise DataError(f"There is one class, {self.classes[0]!r}: two are needed.")
         for side, chosen in ("learn from", self.is_train), ("judge by", ~self.is_train):
             if not chosen.any(): raise DataError(f"There are no pictures to {side}: give more of them.")
-
-def _square(pixels, side):
-    "The middle of a picture as (3, side, side)."
-    fitted = ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 def _labelled(images, names, is_train):
     "Labels from their names."
@@ -71,7 +73,7 @@ def labelled_collection(
     for split in ("train", "validation"):
         for record in collection.records(split):
             if record[column] is None: raise DataError(f"{record['id']} has no {column}: give it one.")
-            images.append(_square(np.asarray(read_image(record["image"]["bytes"], None)), side))
+            images.append(square(np.asarray(read_image(record["image"]["bytes"], None)), side))
             names.append(str(record[column]))
             is_train.append(split == "train")
     if not names: raise DataError("There are no pictures to learn from.")
@@ -93,52 +95,17 @@ def labelled_arrays(
         raise ShapeMismatchError(f"The labels are {labels.dtype} {labels.shape}: expected texts or whole "
                                  f"numbers, ({len(images)},).")
     is_train = [split_of(image.tobytes(), seed, (1 - validation, 0)) == "train" for image in images]
-    return _labelled([_square(image, side) for image in images], [str(v) for v in labels.tolist()], is_train)
+    return _labelled([square(image, side) for image in images], [str(v) for v in labels.tolist()], is_train)
 
 # %% ../nbs/06_classifier.ipynb #e1254310
-class _Network(nn.Module):
-    "MobileNetV3-small on uint8 pictures."
-    def __init__(self, n_classes):
-        from torchvision.models import mobilenet_v3_small
-        super().__init__()
-        self.body = mobilenet_v3_small(num_classes=n_classes)
-        for layer in self.body.modules():  # its own 0.01 is for trainings of many thousands of steps
-            if isinstance(layer, nn.BatchNorm2d): layer.momentum = 0.1
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-
-    def forward(self, images):  # (n, 3, side, side) uint8 -> (n, classes) logits
-        x = (images.float() / 255 - self.mean) / self.std
-        return self.body(x.contiguous(memory_format=torch.channels_last))
-
-def _pretrained(weights):
-    "Tensors of a MobileNetV3-small, or none."
-    if weights == "none": return {}
-    if weights == "default":
-        from torchvision.models import MobileNet_V3_Small_Weights
-        try: return MobileNet_V3_Small_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True)
-        except Exception as e:  # whatever the network makes of it
-            raise DataError(f"The pretrained weights can't be fetched ({e}): use weights='none', or the path "
-                            "of a file that has them.") from None
-    if not Path(weights).is_file(): raise DataError(f"There is no file {weights} with weights.")
-    from safetensors.torch import load_file
-    try:
-        if str(weights).endswith(".safetensors"): return load_file(weights)
-        return torch.load(weights, "cpu", weights_only=True)  # tensors alone, nothing is unpickled
-    except Exception as e: raise ModelFormatError(f"{weights} can't be read as weights: {e}") from None
-
-def _network(n_classes, weights, seed):
-    "A new network, with pretrained layers wherever their shapes fit."
-    found = _pretrained(weights)
+def _network(n_classes, weights="none", seed=0):
+    "A new network from uint8 pictures to logits, its body pretrained where there are weights."
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        network = _Network(n_classes)
-    own = network.body.state_dict()
-    known = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
-    if found and len(known) < len(own) - 2:
-        raise ModelFormatError(f"{weights} is of another network: {len(known)} of {len(own)} tensors fit "
-                               "MobileNetV3-small.")
-    network.body.load_state_dict(own | known)
+        body = Backbone()
+        network = nn.Sequential(body, nn.Linear(N_FEATURES, 1024), nn.Hardswish(), nn.Dropout(0.2),
+                                nn.Linear(1024, n_classes))
+    load_pretrained(body, weights)
     return network
 
 @dataclass
@@ -172,7 +139,7 @@ def train_classifier(
     lr=2e-3,             # at its peak: a warm-up, then a cosine
     weights="none",      # "none", "default" (torchvision's, from ImageNet), or a file that has them
     device="auto",
-    precision="float32",  # or "bfloat16", "float16", "auto": see `precision_on`
+    precision="auto",    # "float32", "bfloat16", "float16"; "auto": see `precision_on`
     patience=None,       # stop after so many epochs without a better one
     seed=0,
     checkpoint=None,     # file to write after every epoch; one in `output_path`, until it is done, by default
@@ -201,7 +168,8 @@ def train_classifier(
                 "val_accuracy": float((logits.argmax(1) == labels).float().mean())}
     n_steps, precision = epochs * -(-len(learned) // batch_size), precision_on(where, precision)
     about = {"classes": list(data.classes), "side": data.images.shape[-1], "lr": lr, "batch_size": batch_size,
-             "epochs": epochs, "weights": str(weights), "precision": precision, "pictures": len(learned)}
+             "epochs": epochs, "weights": str(weights), "precision": precision, "pictures": len(learned),
+             "sha256": data.digest()}
     done = train(network, objective, batches, epochs, optimizer, clip=2.0, patience=patience, seed=seed,
                  rate=learning_rate("cosine", n_steps, min(100, n_steps // 10)), evaluate=evaluate,
                  best_by="val_accuracy", larger_is_better=True, precision=precision,
@@ -258,11 +226,11 @@ class ImageClassifier:
         try: self.classes, self.side = tuple(self.about["classes"]), self.about["side"]
         except KeyError as e: raise ModelFormatError(f"{model_path}: its metadata has no {e}.") from None
         self.device, self.batch_size, self.max_pixels = device_of(device), batch_size, max_pixels
-        self.network = fill(_Network(len(self.classes)), tensors, model_path).to(self.device)
+        self.network = fill(_network(len(self.classes)), tensors, model_path).to(self.device)
 
     def _read(self, image):
         pixels, error = read_pixels(image, self.max_pixels)
-        return (None, error) if pixels is None else (_square(pixels, self.side), None)
+        return (None, error) if pixels is None else (square(pixels, self.side), None)
 
     def classify(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['start_ray']
 
 # %% ../nbs/05_ray_cluster.ipynb #e6e20337
-import os
+import os, socket
 from typing import Any
 
 from .config import ConfigError, SemidError
@@ -27,15 +27,22 @@ def start_ray(
     import logging
     quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        if address: ray.init(address=address, **quiet)
+        if address:
+            _check_reachable(address)
+            ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             _start_here(ray, num_cpus=n_workers * n_threads, include_dashboard=False,
                         object_store_memory=int(store_bytes), **quiet,
                         _system_config={"max_direct_call_object_size": 2**20})  # small sums skip the store
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except (OSError, OverflowError, ValueError, RuntimeError) as e:
         raise ConfigError(f"Ray can't be reached at address={address!r}: {e}") from None
     return ray, True
+
+def _check_reachable(address, seconds=10):
+    "Ray itself would try for minutes."
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit(): socket.create_connection((host, int(port)), seconds).close()
 
 def _start_here(ray, attempts=4, **options):
     "A Ray of our own; again if the machine was too busy to start it in Ray's 30 seconds."

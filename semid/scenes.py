@@ -116,13 +116,20 @@ def _photo(name):
     from sklearn.datasets import load_sample_image
     return Image.fromarray(load_sample_image(name))
 
+def _texture(background, side):
+    "A photograph, and where in it there is ground that has room for a side."
+    name, box = _GROUND[background]
+    if min(box[2] - box[0], box[3] - box[1]) >= side: return _photo(name), box
+    pixels = np.pad(_photo(name).crop(box), [(0, side), (0, side), (0, 0)], "symmetric")
+    return Image.fromarray(pixels), (0, 0, pixels.shape[1], pixels.shape[0])
+
 def _ground(background, side, rng):
     "A square piece of a photograph."
-    name, (left, top, right, bottom) = _GROUND[background]
+    photo, (left, top, right, bottom) = _texture(background, side)
     most = min(right - left, bottom - top)
     cut = rng.uniform(min(max(side, most / 2), most), most)
     x, y = left + rng.uniform(0, right - left - cut), top + rng.uniform(0, bottom - top - cut)
-    piece = _photo(name).resize((side, side), Image.Resampling.LANCZOS, (x, y, x + cut, y + cut))
+    piece = photo.resize((side, side), Image.Resampling.LANCZOS, (x, y, x + cut, y + cut))
     if rng.random() < 0.5: piece = ImageOps.mirror(piece)
     return ImageEnhance.Brightness(piece).enhance(rng.uniform(0.88, 1.1))
 

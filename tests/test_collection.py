@@ -7,13 +7,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import real_data
 from PIL import Image
 
-from semid.collection import collect, open_collection
-from semid.config import DataError
+from semid.collection import collect, open_collection, write_collection
+from semid.config import ConfigError, DataError
 from semid.images import image_bytes, read_image
 from semid.picture_sources import pictures_at
+from semid.quality.examples import clean_pictures, degraded_examples
+from semid.quality.model import QualityAssessmentInference, train_quality
+from semid.quality.refiner import (
+    KEPT, QUARANTINED, REJECTED, Refined, VisualDegradationsRefiner, _pieces, _Scorer, check_output)
 
 
 def pictures(folder, *names, size=(40, 40)):
@@ -83,6 +88,59 @@ def test_what_parquet_holds_is_kept(tmp_path):
     assert {len(s) for s in splits.values()} == {1}
 
 
+def different(n):
+    "Pictures that are different, as a column of Parquet."
+    return [image_bytes(Image.new("RGB", (32, 32), (i % 256, i // 256, 9)), "PNG") for i in range(n)]
+
+
+def test_the_schema_of_parquet_tells_of_late_captions(tmp_path):
+    texts = {"caption_0": ["One."] * 600, "caption_1": pa.array([None] * 599 + ["Late."], pa.string())}
+    pq.write_table(pa.table({"image": different(600), **texts}), tmp_path / "some.parquet")
+    found = collect("parquet", tmp_path / "out", tmp_path / "some.parquet", progress=False)
+    assert found.caption_columns == ["caption_0", "caption_1"]
+    assert [r["captions"] for r in found.records() if r["id"] == "some-000599"] == [["One.", "Late."]]
+
+
+def test_columns_of_any_name_and_tables_beside_pictures(tmp_path):
+    own = {"from": ["a shop", "a shop"], "problem": ["none", None], "stars": pa.array([None, 5], pa.int64())}
+    for split, data in zip(("train", "test"), different(2)):
+        (tmp_path / "hub" / split).mkdir(parents=True)
+        table = pa.table({"image": [data, data + b" "], **own})
+        pq.write_table(table, tmp_path / "hub" / split / "0000.parquet")
+    beside = {"stars": ["many"], "caption_0": ["A list."], "from": [1.5]}
+    pq.write_table(pa.table(beside), tmp_path / "hub" / "prices.parquet")
+    found = collect("parquet", tmp_path / "out", tmp_path / "hub", progress=False)
+    assert found.types == {"stars": "int64"} and found.columns == ["from", "problem", "stars"]
+    assert not found.caption_columns and found.counts == {"train": 2, "validation": 0, "test": 2}
+    assert {r["id"]: r["problem"] for r in found.records("test")} == {
+        "test/0000-000000": "none", "test/0000-000001": None}
+
+
+def test_names_of_splits(tmp_path):
+    "The usual ones are understood, others are refused, and the only one there is stays."
+    names = ["training", "Valid", "val", "dev", "testing", "test", None, ""]
+    pq.write_table(pa.table({"image": different(8), "split": names}), tmp_path / "some.parquet")
+    found = collect("parquet", tmp_path / "out", tmp_path / "some.parquet", progress=False)
+    rows = {r["id"][-1]: r["split"] for r in found.records()}
+    assert [rows[str(i)] for i in range(6)] == ["train", *["validation"] * 3, "test", "test"]
+    pq.write_table(pa.table({"image": different(1), "split": ["holdout"]}), tmp_path / "some.parquet")
+    with pytest.raises(DataError, match="has the split 'holdout': use train, validation, test, or none"):
+        collect("parquet", tmp_path / "out", tmp_path / "some.parquet", progress=False)
+    for split, counts in ("validation", [0, 20, 0]), ("test", [0, 0, 20]):
+        pictures(tmp_path / split, *(f"{split}/{i}.png" for i in range(20)))
+        found = collect("imagefolder", tmp_path / f"{split}-out", tmp_path / split, progress=False)
+        assert [*found.counts.values()] == counts
+        (tmp_path / "hub" / split).mkdir(parents=True)
+        pq.write_table(pa.table({"image": different(20)}), tmp_path / "hub" / split / "0000.parquet")
+        found = collect("parquet", tmp_path / f"{split}-hub", tmp_path / "hub" / split, progress=False)
+        assert [*found.counts.values()] == counts
+    lines = ["file_name,split", *(f"{i}.png,{names[i % 6]}" for i in range(12))]
+    pictures(tmp_path / "told", *(f"{i}.png" for i in range(12)))
+    (tmp_path / "told" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    found = collect("imagefolder", tmp_path / "told-out", tmp_path / "told", progress=False)
+    assert found.counts == {"train": 2, "validation": 6, "test": 4}
+
+
 def test_parquet_that_dresses_as_a_folder_of_pictures(tmp_path):
     pictures(tmp_path / "shots", "a.png")
     pq.write_table(pa.table({"score": [1.0]}), tmp_path / "shots" / "scores.parquet")
@@ -126,3 +184,74 @@ def test_a_collection_of_scenes_is_the_same_bytes_again(tmp_path):
     for file in ("train", "validation", "test"):
         assert (folders[0] / f"{file}.parquet").read_bytes() == (folders[1] / f"{file}.parquet").read_bytes()
     assert Counter(open_collection(folders[0]).counts) == Counter(open_collection(folders[1]).counts)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    "Rendered pictures, and a model that was trained on them for a moment."
+    folder = tmp_path_factory.mktemp("judged")
+    collection = collect("scenes", folder / "scenes", n=120, side=64, progress=False)
+    train, validation = (clean_pictures(collection, split) for split in ("train", "validation"))
+    train_quality(degraded_examples(train, validation, per_epoch=64), folder / "model", epochs=1, width=4,
+                  device="cpu", progress=False)
+    return folder, collection
+
+
+def verdicts(collection, **status):
+    "What a refiner might say of a collection: kept, but for the ids that are named."
+    rows = [{"id": r["id"], "status": status.get(r["id"], KEPT), "reason": None, "family": None}
+            for r in collection.records(images=False)]
+    for row in rows:
+        if row["status"] != KEPT: row["reason"] = "it is broken"
+    kinds = pa.schema([(name, pa.string()) for name in ("id", "status", "reason", "family")])
+    return Refined(pa.Table.from_pylist(rows, kinds), collection, {})
+
+
+def test_what_is_kept_has_the_columns_of_the_collection(tmp_path):
+    "Types of values that come late, or never; the number of captions; and pictures that broke since."
+    kinds = {"stars": "int64", "price": "float64", "sold": "bool", "old": "int64"}
+    late = {"stars": 5, "price": 2.5, "sold": True}
+    records = [{"id": f"p{i}", "image": {"bytes": data, "path": None}, "captions": [], "split": "train",
+                **(late if i >= 560 else dict.fromkeys(late))} for i, data in enumerate(different(600))]
+    given = write_collection(records, tmp_path / "all", types=kinds, n_captions=2, progress=False)
+    assert given.types == kinds
+    status = {"p0": REJECTED, "p1": QUARANTINED, "p599": QUARANTINED}
+    kept = verdicts(given, **status).save(tmp_path / "kept")
+    assert (kept.types, kept.caption_columns, len(kept)) == (kinds, given.caption_columns, 597)
+    aside = pq.read_table(tmp_path / "kept" / "quarantine.parquet").to_pylist()
+    assert [(line["file"], line["row"], line["id"], line["reason"]) for line in aside] == [
+        ("train.parquet", 1, "p1", "it is broken"), ("train.parquet", 599, "p599", "it is broken")]
+    few = verdicts(given, **{f"p{i}": REJECTED for i in range(560, 600)}).save(tmp_path / "few")
+    assert few.types == kinds
+
+
+def test_verdicts_appear_with_what_is_kept_or_not_at_all(judged, tmp_path, monkeypatch):
+    _, collection = judged
+    refined = verdicts(collection)
+    monkeypatch.setattr("semid.quality.refiner.write_collection", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError): refined.save(tmp_path / "kept")
+    assert not [*(tmp_path / "kept").iterdir()]
+
+
+def test_where_nothing_can_be_saved(judged, tmp_path):
+    folder, collection = judged
+    (tmp_path / "file").write_text("")
+    (tmp_path / "odd" / "test.parquet").mkdir(parents=True)
+    for name in ("file", "file/below", "odd"):
+        with pytest.raises(ConfigError, match="is a f"): check_output(tmp_path / name, collection)
+    with pytest.raises(ConfigError, match="is what is read"): check_output(folder / "scenes", collection)
+    check_output(tmp_path / "new", collection)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_worker_on_ray_judges_as_this_process_does(judged):
+    "By the device and the largest size of the model that was given."
+    folder, collection = judged
+    model = QualityAssessmentInference(folder / "model", "cpu", 16, max_pixels=64 * 64 - 1)
+    refiner, n = VisualDegradationsRefiner(model, progress=False), torch.get_num_threads()
+    try: worker = _Scorer(*refiner._scorer_args())
+    finally: torch.set_num_threads(n)
+    pieces = pa.Table.from_pylist(_pieces(collection))
+    here = refiner.refine(collection)
+    assert worker(pieces).drop_columns(["piece"]).equals(here.table)
+    assert here.counts()["quarantined"] > 100 and worker.model.device == "cpu"

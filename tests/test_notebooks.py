@@ -15,7 +15,7 @@ BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
 
 # in this order: each may import from itself and from those before it
 ROOMS = """config features sources images scenes picture_sources collection tracking training networks
-    ray_cluster classifier quality ranking clustering semantic_ids serving models cli""".split()
+    ray_cluster backbone classifier quality ranking clustering semantic_ids serving models cli""".split()
 
 
 def name_of(path): return path.relative_to(ROOT).as_posix()
@@ -88,6 +88,17 @@ def test_it_is_clean(path):
             shown = {k: v for k, v in output.get("data", {}).items() if k != "image/png"}
             text = json.dumps([shown, output.get("text"), output.get("traceback")])
             assert not re.search(r"(?<!\w)/(home|tmp|work|root)\b", text), text[:300]
+
+
+@of(NOTEBOOKS)
+def test_what_is_expected_to_fail_is_run(path):
+    "`expect_fail` is a context manager: called like a function it runs nothing, and passes."
+    code = [tree_of(cell) for cell in cells_of(path) if cell["cell_type"] == "code"]
+    calls = [n for tree in code for n in ast.walk(tree) if isinstance(n, ast.Call)
+             and isinstance(n.func, ast.Name) and n.func.id == "expect_fail"]
+    entered = [item.context_expr for tree in code for n in ast.walk(tree) if isinstance(n, ast.With)
+               for item in n.items]
+    assert not [ast.unparse(call) for call in calls if call not in entered]
 
 
 def commands():

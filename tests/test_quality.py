@@ -120,9 +120,9 @@ import resource, sys
 from pathlib import Path
 from semid.quality.model import QualityAssessmentInference
 model, large = QualityAssessmentInference(sys.argv[1]), Path(sys.argv[2]).read_bytes()
-model.predict([large])
+model.assess([large], threads=2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert len(set(model.predict([large] * 24))) == 1
+assert len({found.score for found in model.assess([large] * 24, threads=2)}) == 1
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

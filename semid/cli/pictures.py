@@ -24,7 +24,7 @@ class Source(StrEnum):
     scenes, flickr8k, imagefolder, parquet = "scenes", "flickr8k", "imagefolder", "parquet"
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Precision = Annotated[str, typer.Option(help="auto (half on CUDA), float32, bfloat16 or float16.")]
 ModelPath = Annotated[Path, typer.Option(help="Folder of the model.")]
 
 @app.command()
@@ -47,18 +47,24 @@ def collect(
     typer.echo(f"{output}: {found}")
 
 # %% ../../nbs/cli/03_pictures.ipynb #c8baff89
+def _one_source(collection, train_images, train_labels, **of_arrays):
+    "ConfigError unless there is either a collection or arrays, with nothing that only the other one takes."
+    if bool(collection) == bool(train_images) or bool(train_images) != bool(train_labels):
+        raise ConfigError("Name either --collection, or both --train-images and --train-labels.")
+    if given := [name for name, value in of_arrays.items() if collection and value]:
+        raise ConfigError(f"--{given[0]} goes with --train-images: a collection needs none.")
+
 def _examples(train_images, train_labels, heads, groups, collection, most_pictures, per_epoch, seed):
     "What a quality model is trained on: arrays, or clean pictures of a collection."
     from semid.collection import open_collection
     from semid.quality.examples import clean_pictures, degraded_examples, labelled_examples
     from semid.sources import load_npy
-    if bool(collection) == bool(train_images) or bool(train_images) != bool(train_labels):
-        raise ConfigError("Name either --collection, or both --train-images and --train-labels.")
+    _one_source(collection, train_images, train_labels, heads=heads, groups=groups)
     if collection:
         found = open_collection(collection)
         clean = (clean_pictures(found, split, most_pictures, seed=seed) for split in ("train", "validation"))
         return degraded_examples(*clean, per_epoch=per_epoch, seed=seed)
-    names = heads.split(",") if heads else None
+    names = [name.strip() for name in heads.split(",")] if heads else None
     return labelled_examples(load_npy(train_images), load_npy(train_labels), names,
                              load_npy(groups) if groups else None, seed=seed)
 
@@ -68,7 +74,8 @@ def train_command(
     train_labels: Annotated[Path | None, typer.Option(
         help=".npy: (N,) scores, 1 is good; or (N, heads) severities, 1 is bad.")] = None,
     heads: Annotated[str | None, typer.Option(help="Names of the heads, with commas between.")] = None,
-    groups: Annotated[Path | None, typer.Option(help=".npy: which pictures are of one source.")] = None,
+    groups: Annotated[Path | None, typer.Option(
+        help=".npy: which pictures are of one photograph; else only equal ones stay together.")] = None,
     collection: Annotated[Path | None, typer.Option(
         help="Instead: a collection, whose clean pictures are damaged on the way.")] = None,
     output_path: ModelPath = Path("models/quality"),
@@ -123,7 +130,8 @@ def refine(
     collection: Annotated[Path, typer.Argument(help="Folder of a collection.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of what is kept.")],
     model_path: ModelPath = Path("models/quality"),
-    threshold: Annotated[float, typer.Option(help="Least score of a picture that is kept.")] = 0.6,
+    threshold: Annotated[float | None, typer.Option(
+        help="Least score of a picture that is kept; 0.6 by default.")] = None,
     most: Annotated[list[str] | None, typer.Option(help="A limit for one damage: watermark=0.2.")] = None,
     n_workers: Annotated[int, typer.Option(help="Ray processes, the result is the same; 0: none.")] = 0,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join, or auto.")] = None,
@@ -133,11 +141,14 @@ def refine(
     "Keep the pictures of a collection that are not damaged; the verdicts and a page of rejects lie beside."
     from semid.collection import open_collection
     from semid.config import save_figure
-    from semid.quality.refiner import VisualDegradationsRefiner
-    limits = {"score": threshold, **dict(map(_limit, most or []))}
+    from semid.quality.refiner import VisualDegradationsRefiner, check_output
+    limits = dict(map(_limit, most or []))
+    if threshold is not None: limits["score"] = threshold
     refiner = VisualDegradationsRefiner(model_path, limits, device=device, n_workers=n_workers,
                                         address=address, progress=not quiet)
-    refined = refiner.refine(open_collection(collection))
+    found = open_collection(collection)
+    check_output(output, found)
+    refined = refiner.refine(found)
     refined.save(output, progress=not quiet)
     save_figure(refined.plot(), output / "rejected.png")
     n = refined.counts()
@@ -160,8 +171,7 @@ def _labelled(train_images, train_labels, collection, column, side, seed):
     from semid.classifier import labelled_arrays, labelled_collection
     from semid.collection import open_collection
     from semid.sources import load_npy
-    if bool(collection) == bool(train_images) or bool(train_images) != bool(train_labels):
-        raise ConfigError("Name either --collection, or both --train-images and --train-labels.")
+    _one_source(collection, train_images, train_labels)
     if collection: return labelled_collection(open_collection(collection), column, side)
     return labelled_arrays(load_npy(train_images), load_npy(train_labels), side=side, seed=seed)
 
@@ -179,7 +189,7 @@ def train_classes(
     weights: Annotated[str, typer.Option(help="none, default (ImageNet's), or a file of them.")] = "none",
     patience: Annotated[int | None, typer.Option(help="Epochs without a better one.")] = None,
     device: Device = "auto",
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     resume: Resume = False,
     track: Annotated[bool, typer.Option("--track", help="Log to MLflow.")] = False,
     seed: Seed = 0,

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 from ..config import ConfigError, ShapeMismatchError
+from ..images import to_rgb
 
 # %% ../../nbs/quality/00_degradations.ipynb #d1d54b9c
 def _convolved(image, kernel):
@@ -107,9 +108,9 @@ _WORDS = "SAMPLE", "PREVIEW", "DRAFT", "COPYRIGHT", "stock photo", "DO NOT COPY"
 _font = cache(ImageFont.load_default)
 
 def _watermark(image, opacity, rng):
-    "A word again and again, all over the picture, aslant, half transparent, white or black."
-    width, height = image.size
-    word, tone = _WORDS[rng.integers(len(_WORDS))], int(rng.choice([0, 255]))
+    "A word again and again, all over the picture, aslant, half transparent, white or, on bright ones, black."
+    (width, height), word = image.size, _WORDS[rng.integers(len(_WORDS))]
+    tone = 255 if np.mean(image.convert("L")) < 128 else 0
     font = _font(round(np.exp(rng.uniform(np.log(10), np.log(32)))))
     reach = int(np.hypot(width, height)) + 1  # of the picture, however it is turned
     layer = Image.new("L", (reach, reach))
@@ -149,7 +150,7 @@ GROUPS = {"blur": FAMILIES[:3], "noise": FAMILIES[3:6], "exposure": FAMILIES[7:1
 # %% ../../nbs/quality/00_degradations.ipynb #d42c38cf
 def _as_image(image):
     "An RGB picture from PIL or an array."
-    if isinstance(image, Image.Image): return image.convert("RGB")
+    if isinstance(image, Image.Image): return to_rgb(image)
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ShapeMismatchError(f"An array of {pixels.dtype} {pixels.shape} is no picture: expected uint8 "

@@ -120,15 +120,16 @@ def rejection_report(
     splits=None,      # only these; all by default
 ) -> dict[str, Any]:
     "Precision of the rejections, and of them without the slightly damaged; recall of severe damage."
-    if "damage" not in refined.collection.columns:
-        raise ConfigError("The collection does not say what is damaged: it has no column 'damage'.")
+    for name in ("damage", "severity"):
+        if name not in refined.collection.columns:
+            raise ConfigError(f"The collection does not say what is damaged: it has no column {name!r}.")
     truth = {r["id"]: (r["damage"], r["severity"]) for r in refined.collection.records(images=False)}
     lines = [line for line in refined.table.select(["id", "split", "status"]).to_pylist()
              if line["status"] != "quarantined" and (splits is None or line["split"] in splits)]
     rejected = np.array([line["status"] == "rejected" for line in lines])
     if not lines: raise DataError(f"There is no picture in {', '.join(splits or ['the collection'])}.")
     family, severity = np.array([truth[line["id"]] for line in lines], object).T
-    severity = severity.astype(int)
+    severity = np.array([value or 0 for value in severity], int)
     share = lambda chosen: float(rejected[chosen].mean()) if chosen.any() else None
     severe = severity >= severe_from
     damaged = lambda of: float((of > 0).mean()) if len(of) else None

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..collection import split_of
 from ..config import ConfigError, DataError, ShapeMismatchError, default_threads
-from ..images import image_bytes, read_image
+from ..images import image_bytes, read_image, to_rgb
 from .degradations import FAMILIES, degrade
 
 # %% ../../nbs/quality/01_examples.ipynb #0b033144
@@ -51,9 +51,10 @@ def _digest(arrays):
         for part in [array] if array.ndim < 4 else array: digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
-def _ahead(make, n, threads=None, reach=4):
+def _ahead(make, n, threads=None):
     "make(0), make(1), ... to make(n - 1), by threads that are a little ahead."
     threads = threads or default_threads()
+    reach = 2 * threads
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque(pool.submit(make, i) for i in range(min(reach, n)))
         for i in range(n):
@@ -92,7 +93,7 @@ def _stored(cut, rng):
 
 def _of_use(pictures, crop, purpose):
     "RGB pictures that are large enough for a crop, and its side."
-    pictures = [np.asarray(p.convert("RGB") if isinstance(p, Image.Image) else p) for p in pictures]
+    pictures = [np.asarray(to_rgb(p) if isinstance(p, Image.Image) else p) for p in pictures]
     if not pictures: raise DataError(f"There are no clean pictures to {purpose}.")
     sides = np.array([min(p.shape[:2]) for p in pictures])
     side = int(min(crop, np.median(sides)))
@@ -123,7 +124,7 @@ def degraded_examples(
     @cache  # they are the same after every epoch
     def judged(batch_size): return list(some(validation, n_validation, batch_size, seed, 2))
     about = {"pictures": len(train), "too_small": n_given - len(train), "crop": side, "clean": clean,
-             "per_epoch": per_epoch,
+             "per_epoch": per_epoch, "judged_by": n_validation, "seed": seed,
              "sha256": _digest([*train, *validation])}
     return Examples(FAMILIES, lambda batch_size, seed: some(train, per_epoch, batch_size, seed, 1),
                     lambda batch_size: iter(judged(batch_size)), per_epoch, side, about)

@@ -116,8 +116,6 @@ def train_quality(
     if own: own.unlink(missing_ok=True)
     return done.history
 
-
-
 # %% ../../nbs/quality/03_model.ipynb #848e977f
 _SEEN = np.log(9)  # logit of a score of 0.9: between clean, 1, and severity 1, 0.8
 

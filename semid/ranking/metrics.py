@@ -67,22 +67,22 @@ class Ranks:
         "(n,) place of the first right candidate, from 1."
         return self._average(lambda place: place)
 
-# %% ../../nbs/ranking/00_metrics.ipynb #dac738eb
+# %% ../../nbs/ranking/00_metrics.ipynb #75b4c4e9
 _SAME = 1e-12  # of the product of the lengths: far above the rounding of float64, far below float32's
 
 def _checked(images, texts, image_of_text):
     images, texts = (np.asarray(x, np.float64) for x in (images, texts))
     owner = np.asarray(image_of_text)
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
-        raise ShapeMismatchError(f"The embeddings are {images.shape} and {texts.shape}: expected (images, D) and "
-                                 "(texts, D).")
+        raise ShapeMismatchError(f"The embeddings are {images.shape} and {texts.shape}: expected (images, D) "
+                                 "and (texts, D).")
     if owner.shape != (len(texts),) or owner.dtype.kind not in "iu":
-        raise ShapeMismatchError(f"image_of_text is {owner.dtype} {owner.shape}: expected whole numbers, one for "
-                                 f"each of the {len(texts):,} texts.")
+        raise ShapeMismatchError(f"image_of_text is {owner.dtype} {owner.shape}: expected whole numbers, one "
+                                 f"for each of the {len(texts):,} texts.")
     if not len(texts): raise DataError("There are no texts to ask with.")
     if owner.min() < 0 or owner.max() >= len(images):
-        raise DataError(f"image_of_text names image {owner.max() if owner.min() >= 0 else owner.min()}, and there "
-                        f"are {len(images):,}.")
+        wrong = owner.max() if owner.min() >= 0 else owner.min()
+        raise DataError(f"image_of_text names image {wrong}, and there are {len(images):,}.")
     if not (np.isfinite(images).all() and np.isfinite(texts).all()):
         raise DataError("The embeddings hold NaN or infinity: look at the model that made them.")
     return images, texts, owner
@@ -110,7 +110,8 @@ def retrieval_ranks(
             counts[1] += ((scores >= limit - slack) & ~mine & ~over).sum(axis)
     tied = np.bincount(owner[right >= best[owner] - slack], minlength=len(images))
     asked = np.isfinite(best)
-    return Ranks(*t2i, np.ones(len(texts), int)), Ranks(*i2t[:, asked], tied[asked])
+    return (Ranks(t2i[0], t2i[1], np.ones(len(texts), int)),
+            Ranks(i2t[0, asked], i2t[1, asked], tied[asked]))
 
 def retrieval_metrics(
     image_embeddings,  # (images, D), a row an image
@@ -118,7 +119,7 @@ def retrieval_metrics(
     image_of_text,     # (texts,) which image each text is of
     ks=(1, 5, 10),
 ) -> dict[str, float]:
-    "`t2i_recall@k`, `i2t_recall@k` (any text of the image), `t2i_mrr`, `t2i_median_rank`, ...; ties are averaged."
+    "`t2i_recall@1`, `i2t_recall@1` (any text of the image), `t2i_mrr`, ...; ties count as the mean order."
     sides = zip(("t2i", "i2t"), retrieval_ranks(image_embeddings, text_embeddings, image_of_text))
     return {name: value for side, ranks in sides for name, value in summary(ranks, f"{side}_", ks).items()}
 
@@ -132,7 +133,7 @@ def summary(
     return recalls | {f"{prefix}mrr": float(ranks.reciprocal().mean()),
                       f"{prefix}median_rank": float(np.median(ranks.expected()))}
 
-# %% ../../nbs/ranking/00_metrics.ipynb #720fcc28
+# %% ../../nbs/ranking/00_metrics.ipynb #3ccf5b42
 def similarity_statistics(
     image_embeddings,  # (images, D) unit vectors
     text_embeddings,   # (texts, D) unit vectors
@@ -152,4 +153,5 @@ def similarity_statistics(
     pooled = ((pairs.var() + spread * spread) / 2) ** 0.5
     gap = float(pairs.mean() - mean)
     return {"pair_mean": float(pairs.mean()), "pair_std": float(pairs.std()), "other_mean": float(mean),
-            "other_std": float(spread), "gap": gap, "gap_in_deviations": gap / pooled if pooled > 1e-9 else 0.0}
+            "other_std": float(spread), "gap": gap,
+            "gap_in_deviations": gap / pooled if pooled > 1e-9 else 0.0}
