@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PAD', 'UNKNOWN', 'CaptionTokenizer', 'train_tokenizer', 'read_tokenizer']
 
-# %% ../../nbs/ranking/01_text.ipynb #0993c89f
+# %% ../../nbs/ranking/01_text.ipynb #006f3623
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..config import ConfigError, DataError, ModelFormatError, atomic_path
 
-# %% ../../nbs/ranking/01_text.ipynb #7b26e1fb
+# %% ../../nbs/ranking/01_text.ipynb #80d68e66
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 
 class CaptionTokenizer:
@@ -39,6 +40,10 @@ class CaptionTokenizer:
         found = np.zeros((len(rows), max(map(len, rows), default=0)), np.int64)
         for row, ids in zip(found, rows): row[:len(ids)] = ids
         return found
+
+    def digest(self) -> str:
+        "sha256 of all that it does."
+        return hashlib.sha256(self.inner.to_str().encode()).hexdigest()
 
     def tokens(
         self,
