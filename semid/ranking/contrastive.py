@@ -143,7 +143,7 @@ def _optimizer(network, lr, weight_decay):
     return torch.optim.AdamW([{"params": parts[0], "weight_decay": weight_decay},
                               {"params": parts[1], "weight_decay": 0.0}], lr=lr)
 
-# %% ../../nbs/ranking/03_contrastive.ipynb #e1712606
+# %% ../../nbs/ranking/03_contrastive.ipynb #5247ef04
 def train_ranking(
     data,                # `Captioned`: what is learned from
     validation,          # `Captioned`: what the best epoch is chosen by
@@ -171,6 +171,7 @@ def train_ranking(
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
     "Train a dual encoder and write it with its tokenizer, its curves beside it."
+    from matplotlib.pyplot import close
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     if min(batch_size, len(data)) < 2:
@@ -215,7 +216,9 @@ def train_ranking(
     tokenizer.save(output_path / "tokenizer.json")
     write_network(output_path, KIND, network, **about, seed=seed, history=done.history,
                   best_epoch=done.best_epoch, tokenizer=tokenizer.digest())
-    save_figure(plot_ranking(done.history, done.best_epoch), output_path / "training.png")
+    figure = plot_ranking(done.history, done.best_epoch)
+    save_figure(figure, output_path / "training.png")
+    close(figure)
     if own: own.unlink(missing_ok=True)
     return done.history
 

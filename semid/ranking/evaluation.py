@@ -15,7 +15,7 @@ from ..config import DataError
 from ..images import read_image
 from .metrics import retrieval_metrics, retrieval_ranks, similarity_statistics, summary
 
-# %% ../../nbs/ranking/06_evaluation.ipynb #fd706473
+# %% ../../nbs/ranking/06_evaluation.ipynb #bd66a960
 @dataclass
 class Retrieval:
     "Pictures and captions of a split as vectors."
@@ -38,7 +38,7 @@ class Retrieval:
         ranks = retrieval_ranks(self.images, self.texts, self.image_of_text)[0]
         kinds = np.array([kind_of(text) for text in self.captions])
         return {kind: {"captions": int((kinds == kind).sum())} | summary(ranks[kinds == kind])
-                for kind in sorted({*kinds})}
+                for kind in sorted({*kinds.tolist()})}
 
 def retrieval(
     encoder,          # an `Encoder`

@@ -56,7 +56,7 @@ def nearest_rows(
         first += len(part)
     return rows, found
 
-# %% ../../nbs/serving/00_database.ipynb #c292144e
+# %% ../../nbs/serving/00_database.ipynb #aeaf30d1
 KIND = "image database"
 
 @dataclass
@@ -167,7 +167,7 @@ class ImageDatabase:
 
     def __len__(self): return int(self.alive.sum())
     def __contains__(self, id): return id in self._row_of
-    def __repr__(self): return f"ImageDatabase({str(self.folder)!r}): {len(self):,} pictures"
+    def __repr__(self): return f"ImageDatabase({self.folder.name!r}): {len(self):,} pictures"
 
     def check(
         self,
