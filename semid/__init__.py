@@ -43,6 +43,9 @@ _HOME = {
     "semantic_ids.drift": "compare",
     "semantic_ids.sweep": "sweep",
     "semantic_ids.out_of_core": "encode_parquet fit_parquet",
+    "serving.database": "DatabaseWriter ImageDatabase",
+    "serving.search": "create_predictor",
+    "serving.service": "create_app",
 }
 _MODULE_OF = {name: f"semid.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

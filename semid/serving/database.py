@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['KIND', 'best_of', 'nearest_rows', 'Hit', 'ImageDatabase', 'DatabaseWriter']
 
-# %% ../../nbs/serving/00_database.ipynb #0a785612
-import json
+# %% ../../nbs/serving/00_database.ipynb #b0035711
+import json, re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ..config import (ConfigError, DataError, ModelFormatError, ShapeMismatchError, alone_in, atomic_path,
                           write_json)
+from ..semantic_ids.encoding import codes_of, read_ids
 
 # %% ../../nbs/serving/00_database.ipynb #370abe78
 def best_of(
@@ -56,7 +56,7 @@ def nearest_rows(
         first += len(part)
     return rows, found
 
-# %% ../../nbs/serving/00_database.ipynb #aeaf30d1
+# %% ../../nbs/serving/00_database.ipynb #b57e381e
 KIND = "image database"
 
 @dataclass
@@ -68,13 +68,29 @@ class Hit:
     path: str | None  # where its file is, if that is known
 
 class ImageDatabase:
-    "Pictures as vectors of one model, on disk."
+    "Pictures as vectors of one model, on disk, as they were when it was opened."
     def __init__(
         self,
-        folder,  # one that `create` made
+        folder,    # one that `create` made
+        had=None,  # an earlier `ImageDatabase` of this folder, whose segments need not be read again
     ):
-        self.folder, self._segments = Path(folder), {}
-        self.refresh()
+        self.folder = Path(folder)
+        about = self._manifest()
+        known, names = had._segments if had else {}, [name for name, _ in about["segments"]]
+        try: found = [known.get(name) or self._read(name, n, about["dim"]) for name, n in about["segments"]]
+        except FileNotFoundError as e:  # gone since the manifest was read: somebody wrote all anew
+            if self._manifest() == about:
+                raise ModelFormatError(f"{e.filename} is missing: build the database again.") from None
+            return self.__init__(folder)  # type: ignore[misc]
+        self.about, self._segments, self.parts = about, dict(zip(names, found)), [one[0] for one in found]
+        joined = lambda i: np.concatenate([np.empty(0, object), *(one[i] for one in found)])
+        self.ids, self.paths = joined(1), joined(2)  # (rows,), also of what was removed
+        self.starts = np.cumsum([0, *(n for _, n in about["segments"])])
+        removed = about["removed"]
+        gone = [start + row for name, start in zip(names, self.starts) for row in removed.get(name, ())]
+        self.alive = np.ones(len(self.ids), bool)    # (rows,) not removed
+        self.alive[gone] = False
+        self._row_of = {self.ids[i]: i for i in np.flatnonzero(self.alive).tolist()}
 
     @classmethod
     def create(
@@ -88,27 +104,12 @@ class ImageDatabase:
             raise ConfigError(f"{folder} is there already: open it to add pictures, or name another folder.")
         with alone_in(folder):
             about = {"type": KIND, "encoder": encoder.fingerprint, "dim": encoder.dim}
-            write_json(folder / "manifest.json", about | {"segments": [], "removed": {}})
+            write_json(folder / "manifest.json", about | {"segments": [], "removed": {}, "ids": 0})
         return cls(folder)
 
-    def refresh(self):
-        "Look at the disk again: what others added or removed is there."
-        about = self._manifest()
-        dim, had = about["dim"], self._segments
-        try: found = [had.get(name) or self._read(name, n, dim) for name, n in about["segments"]]
-        except FileNotFoundError as e:  # gone since the manifest was read: somebody wrote all anew
-            if self._manifest() == about:
-                raise ModelFormatError(f"{e.filename} is missing: build the database again.") from None
-            return self.refresh()
-        self.about, self._segments = about, dict(zip((name for name, _ in about["segments"]), found))
-        self.parts = [vectors for vectors, _, _ in found]
-        joined = lambda i: np.concatenate([np.empty(0, object), *(one[i] for one in found)])
-        self.ids, self.paths = joined(1), joined(2)
-        self.alive = np.ones(len(self.ids), bool)
-        ends = np.cumsum([0, *(n for _, n in about["segments"])])
-        for (name, _), start in zip(about["segments"], ends):
-            self.alive[[start + row for row in about["removed"].get(name, ())]] = False
-        self.__dict__.pop("_row_of", None)
+    def latest(self) -> "ImageDatabase":
+        "As it is on disk now: this one, if nothing has changed."
+        return self if self._manifest() == self.about else ImageDatabase(self.folder, self)
 
     def _manifest(self):
         try: about = json.loads((self.folder / "manifest.json").read_text())
@@ -118,6 +119,8 @@ class ImageDatabase:
             raise ModelFormatError(f"{self.folder}: its manifest is damaged ({e}).") from None
         if not isinstance(about, dict) or about.get("type") != KIND:
             raise ModelFormatError(f"{self.folder} is no database of pictures.")
+        if odd := [name for name, _ in about["segments"] if not re.fullmatch(r"\d{6,}", name)]:
+            raise ModelFormatError(f"{self.folder}: its manifest names {odd[0]!r}, which is no segment.")
         return about
 
     def _read(self, name, n, dim):
@@ -132,9 +135,49 @@ class ImageDatabase:
         table = pq.read_table(self.folder / f"{name}.parquet", columns=["id", "path"])
         return found, *(np.array(column.to_pylist(), object) for column in table.columns)
 
+    def _place(self, id):
+        "Segment of a picture, and its row there."
+        if id not in self: raise DataError(f"There is no picture {id!r} in the database.")
+        at = int(np.searchsorted(self.starts, self._row_of[id], "right")) - 1
+        return at, self._row_of[id] - int(self.starts[at])
+
+    def vector(
+        self,
+        id,
+    ) -> np.ndarray:
+        "(D,) the vector of a picture."
+        at, row = self._place(id)
+        return np.array(self.parts[at][row])
+
+    def thumbnail(
+        self,
+        id,
+    ) -> bytes | None:
+        "A small JPEG of a picture, if there is one."
+        at, row = self._place(id)
+        with pq.ParquetFile(self.folder / f"{self.about['segments'][at][0]}.parquet") as file:
+            group, row = divmod(row, _GROUP)
+            return file.read_row_group(group, columns=["thumbnail"])["thumbnail"][row].as_py()
+
     @cached_property
-    def _row_of(self) -> dict[str, Any]:
-        return {self.ids[i]: i for i in np.flatnonzero(self.alive)}
+    def codes(self) -> np.ndarray:
+        "(rows, L) int32 codes of semantic IDs, -1 for pictures that have none; L is 0 where nobody has."
+        if not self.about["ids"]: return np.empty((len(self.ids), 0), np.int32)
+        table = read_ids(self.folder / f"ids-{self.about['ids']}.parquet")
+        codes, row_of = codes_of(table), {name: i for i, name in enumerate(table["id"].to_pylist())}
+        rows = np.array([row_of.get(name, -1) for name in self.ids], int)
+        return np.where(rows[:, None] < 0, -1, codes[rows]).astype(np.int32)
+
+    def starting_with(
+        self,
+        prefix,   # codes, such as (12, 5); () is everything
+    ) -> np.ndarray:
+        "(rows,) bool: pictures whose semantic IDs start so."
+        prefix = np.asarray(prefix, int)
+        if len(prefix) > self.codes.shape[1]:
+            raise ConfigError(f"A prefix of {len(prefix)} codes is longer than the IDs, which have "
+                              f"{self.codes.shape[1]}.")
+        return self.alive & (self.codes[:, :len(prefix)] == prefix).all(1)
 
     def search(
         self,
@@ -153,18 +196,6 @@ class ImageDatabase:
         return [[Hit(i + 1, self.ids[row], float(score), self.paths[row])
                  for i, (row, score) in enumerate(zip(rows, scores))] for rows, scores in pairs]
 
-    def vector(
-        self,
-        id,
-    ) -> np.ndarray:
-        "(D,) the vector of a picture."
-        if id not in self: raise DataError(f"There is no picture {id!r} in the database.")
-        row = self._row_of[id]
-        for part in self.parts:
-            if row < len(part): return np.array(part[row])
-            row -= len(part)
-        raise AssertionError(row)
-
     def __len__(self): return int(self.alive.sum())
     def __contains__(self, id): return id in self._row_of
     def __repr__(self): return f"ImageDatabase({self.folder.name!r}): {len(self):,} pictures"
@@ -178,30 +209,33 @@ class ImageDatabase:
             raise ModelFormatError(f"{self.folder} was made by another model than {encoder.name}: use that "
                                    "one, or build the database again.")
 
-# %% ../../nbs/serving/00_database.ipynb #3ddc71eb
+# %% ../../nbs/serving/00_database.ipynb #187f7ecf
 _GONE = 0.25  # share of removed rows from which on everything is written anew
 
-def _write_segment(folder, name, ids, vectors, paths):
+_GROUP = 256  # rows that are read together for a thumbnail
+
+def _write_segment(folder, name, ids, vectors, paths, thumbnails):
     "The two files of a segment."
     n, dim = vectors.shape
     feature = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
     table = pa.table({"id": pa.array(ids, pa.string()), "feature": feature,
-                      "path": pa.array(paths, pa.string())})
-    with atomic_path(folder / f"{name}.parquet") as tmp: pq.write_table(table, tmp)
+                      "path": pa.array(paths, pa.string()), "thumbnail": pa.array(thumbnails, pa.binary())})
+    with atomic_path(folder / f"{name}.parquet") as tmp: pq.write_table(table, tmp, row_group_size=_GROUP)
     with atomic_path(folder / f"{name}.npy") as tmp, open(tmp, "wb") as file:
         np.lib.format.write_array(file, vectors, allow_pickle=False)
 
-def _checked(ids, vectors, paths, dim):
-    "Ids, float32 unit vectors and paths that fit each other."
+def _checked(ids, vectors, paths, thumbnails, dim):
+    "Ids, float32 unit vectors, paths and thumbnails that fit each other."
     ids, vectors = [str(i) for i in ids], np.ascontiguousarray(vectors, np.float32)
-    paths = [None] * len(ids) if paths is None else [None if p is None else str(p) for p in paths]
-    if vectors.shape != (len(ids), dim) or len(paths) != len(ids):
-        raise ShapeMismatchError(f"There are {len(ids)} ids, {len(paths)} paths and vectors {vectors.shape}: "
-                                 f"expected ({len(ids)}, {dim}).")
+    paths = [None if path is None else str(path) for path in ([None] * len(ids) if paths is None else paths)]
+    thumbnails = list([None] * len(ids) if thumbnails is None else thumbnails)
+    if vectors.shape != (len(ids), dim) or not len(paths) == len(thumbnails) == len(ids):
+        raise ShapeMismatchError(f"There are {len(ids)} ids, {len(paths)} paths, {len(thumbnails)} pictures "
+                                 f"and vectors {vectors.shape}: expected ({len(ids)}, {dim}).")
     if len(set(ids)) < len(ids): raise DataError("An id is there twice: ids must be unique.")
     odd = ~(abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3)  # NaN is odd too
     if odd.any(): raise DataError(f"The vector of {ids[odd.argmax()]!r} has not length 1.")
-    return ids, vectors, paths
+    return ids, vectors, paths, thumbnails
 
 class DatabaseWriter:
     "Changes of a database, one process at a time; each is there as a whole or not at all."
@@ -209,18 +243,19 @@ class DatabaseWriter:
 
     def add(
         self,
-        ids,          # (n,) texts; those that are there are replaced
-        vectors,      # (n, D) unit vectors of the database's model
-        paths=None,   # (n,) where the pictures are
+        ids,              # (n,) texts; those that are there are replaced
+        vectors,          # (n, D) unit vectors of the database's model
+        paths=None,       # (n,) where the pictures are
+        thumbnails=None,  # (n,) small JPEGs, to show
     ):
         "Add pictures."
         with alone_in(self.folder):
             database = ImageDatabase(self.folder)
-            ids, vectors, paths = _checked(ids, vectors, paths, database.about["dim"])
+            ids, *rest = _checked(ids, vectors, paths, thumbnails, database.about["dim"])
             if not ids: return
-            about = self._without(database, ids, missing_ok=True)
-            name = f"{1 + max((int(name) for name, _ in about['segments']), default=0):06d}"
-            _write_segment(self.folder, name, ids, vectors, paths)
+            about = _without(database, [i for i in ids if i in database])
+            name = _next(about)
+            _write_segment(self.folder, name, ids, *rest)
             about["segments"].append([name, len(ids)])
             self._finish(about)
 
@@ -229,32 +264,56 @@ class DatabaseWriter:
         ids,  # of pictures that are there
     ):
         "Remove pictures."
-        with alone_in(self.folder): self._finish(self._without(ImageDatabase(self.folder), [*map(str, ids)]))
+        with alone_in(self.folder):
+            database, ids = ImageDatabase(self.folder), [*map(str, ids)]
+            if odd := [i for i in ids if i not in database]:
+                raise DataError(f"There is no picture {odd[0]!r} in the database.")
+            self._finish(_without(database, ids))
 
-    def _without(self, database, ids, missing_ok=False):
-        "The manifest, once these are removed."
-        if not missing_ok and (odd := [i for i in ids if i not in database]):
-            raise DataError(f"There is no picture {odd[0]!r} in the database.")
-        about = json.loads(json.dumps(database.about))
-        ends = np.cumsum([0, *(n for _, n in about["segments"])])
-        for row in sorted(database._row_of[i] for i in ids if i in database):
-            at = int(np.searchsorted(ends, row, "right")) - 1
-            gone = about["removed"].setdefault(about["segments"][at][0], [])
-            gone.append(int(row - ends[at]))
-        return about
+    def attach_ids(
+        self,
+        path,  # an ids.parquet, as `semid encode` and the pipeline write it
+    ) -> int:  # pictures that have an ID now
+        "Give pictures their semantic IDs, by which a search can be restricted; they replace earlier ones."
+        table = read_ids(path)
+        codes_of(table)  # of one length
+        with alone_in(self.folder):
+            database = ImageDatabase(self.folder)
+            about = database.about | {"ids": database.about["ids"] + 1}
+            with atomic_path(self.folder / f"ids-{about['ids']}.parquet") as tmp: pq.write_table(table, tmp)
+            self._finish(about)
+        return int((database.latest().codes >= 0).all(1).sum())
 
     def _finish(self, about):
         "Write the manifest, and anew what is mostly gone; then clear what no manifest names."
         write_json(self.folder / "manifest.json", about)
         gone, n = sum(map(len, about["removed"].values())), sum(n for _, n in about["segments"])
-        if gone > _GONE * n:
-            database = ImageDatabase(self.folder)
-            keep = np.flatnonzero(database.alive)
-            name = f"{1 + max(int(name) for name, _ in about['segments']):06d}"
-            vectors = np.concatenate(database.parts)[keep]
-            _write_segment(self.folder, name, database.ids[keep], vectors, database.paths[keep])
-            about |= {"segments": [[name, len(keep)]] if len(keep) else [], "removed": {}}
-            write_json(self.folder / "manifest.json", about)
-        named = {name for name, _ in about["segments"]}
-        for file in self.folder.glob("[0-9]*.*"):
+        if gone > _GONE * n: about = self._write_anew(about)
+        named = {name for name, _ in about["segments"]} | {f"ids-{about['ids']}"}
+        for file in [*self.folder.glob("[0-9]*.*"), *self.folder.glob("ids-*.parquet")]:
             if file.stem not in named: file.unlink()
+
+    def _write_anew(self, about):
+        "Everything that is left as one segment."
+        database = ImageDatabase(self.folder)
+        keep, segments = np.flatnonzero(database.alive), []
+        if len(keep):
+            files = [self.folder / f"{name}.parquet" for name, _ in about["segments"]]
+            small = pa.concat_tables(pq.read_table(file, columns=["thumbnail"]) for file in files)
+            segments, vectors = [[_next(about), len(keep)]], np.concatenate(database.parts)[keep]
+            _write_segment(self.folder, segments[0][0], database.ids[keep], vectors, database.paths[keep],
+                           small["thumbnail"].take(keep).combine_chunks())
+        about = about | {"segments": segments, "removed": {}}
+        write_json(self.folder / "manifest.json", about)
+        return about
+
+def _next(about):
+    "A name for one more segment."
+    return f"{1 + max((int(name) for name, _ in about['segments']), default=0):06d}"
+
+def _without(database, ids):
+    "The manifest, once these are removed."
+    about = json.loads(json.dumps(database.about))
+    for at, row in sorted(map(database._place, ids)):
+        about["removed"].setdefault(about["segments"][at][0], []).append(row)
+    return about

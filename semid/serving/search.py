@@ -5,25 +5,34 @@
 # %% auto #0
 __all__ = ['MODELS', 'Predictor', 'create_predictor']
 
-# %% ../../nbs/serving/01_search.ipynb #0b05610d
+# %% ../../nbs/serving/01_search.ipynb #bda0d1ce
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
-from ..config import ConfigError, DataError
+from ..config import ConfigError, DataError, default_threads
+from ..images import image_bytes, read_pixels
 from ..picture_sources import pictures_at
 from ..ranking.encoders import Encoder, open_encoder
 from .database import DatabaseWriter, Hit, ImageDatabase
 
-# %% ../../nbs/serving/01_search.ipynb #a286f92a
+# %% ../../nbs/serving/01_search.ipynb #72756513
 MODELS = "models/ranking", "data/ranking/model"  # where a model is looked for
 
 def _line(hit):
     "A hit as a dict."
     return {"rank": hit.rank, "id": hit.id, "image_path": hit.path, "score": hit.score}
+
+def _thumbnail(pixels, side=192):
+    "A small JPEG."
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    return image_bytes(image, quality=85)
 
 class Predictor:
     "Search by text or picture with one encoder."
@@ -37,12 +46,11 @@ class Predictor:
 
     @property
     def database(self) -> ImageDatabase:
-        "The database, opened when it is first asked for."
-        if self._database is None:
-            found = ImageDatabase(self.folder)
-            found.check(self.encoder)
-            self._database = found
-        return self._database
+        "The database, as it is on disk now."
+        found = ImageDatabase(self.folder) if self._database is None else self._database.latest()
+        if found is not self._database: found.check(self.encoder)
+        self._database = found
+        return found
 
     def rank_images(
         self,
@@ -72,39 +80,56 @@ class Predictor:
         found = pictures_at(paths)
         if not (self.folder / "manifest.json").exists(): ImageDatabase.create(self.folder, self.encoder)
         errors: dict[str, str] = {}
-        self._database = None
-        database, writer = self.database, DatabaseWriter(self.folder)
-        bar = tqdm(found, "pictures", disable=not progress)
-        new = ((name, data) for name, data in bar if name not in database)
-        while some := dict(islice(new, 8192)):
-            vectors, bad = self.encoder.encode_images(list(some.values()))
-            names = list(some)
-            errors |= {names[i]: why for i, why in bad.items()}
-            good = [i for i in range(len(names)) if i not in bad]
-            files = [str(some[names[i]]) if isinstance(some[names[i]], Path) else None for i in good]
-            writer.add([names[i] for i in good], vectors[good], files)
-        database.refresh()
+        lines = self._encoded(self._new(tqdm(found, "pictures", disable=not progress), errors), errors)
+        while some := list(islice(lines, 8192)):
+            names, files, thumbnails, vectors = zip(*some)
+            DatabaseWriter(self.folder).add(names, np.stack(vectors), files, thumbnails)
         return errors
+
+    def _new(self, pictures, errors):
+        "Pictures that are not there yet."
+        database, seen = self.database, set()
+        for name, data in pictures:
+            if name in seen: errors[name] = "its id is there twice"
+            elif name not in database: yield name, data
+            seen.add(name)
+
+    def _encoded(self, pictures, errors):
+        "Name, file, thumbnail and vector of the pictures that can be decoded."
+        read = lambda picture: read_pixels(picture[1], self.encoder.max_pixels)
+        with ThreadPoolExecutor(default_threads()) as pool:
+            while some := list(islice(pictures, self.encoder.batch_size)):
+                decoded = [*zip(some, pool.map(read, some))]
+                errors.update({name: why for (name, _), (_, why) in decoded if why})
+                good = [(name, data, pixels) for (name, data), (pixels, why) in decoded if not why]
+                vectors = self.encoder.encode_images([pixels for *_, pixels in good])[0]
+                for (name, data, pixels), vector in zip(good, vectors):
+                    yield name, data if isinstance(data, Path) else None, _thumbnail(pixels), vector
 
     def search_database(
         self,
-        query,     # a text
+        query,      # a text
         top_k=10,
+        prefix=(),  # codes: only pictures whose semantic IDs start so
     ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
         "The pictures that fit a text best."
-        return self._hits(self.encoder.encode_texts(query), top_k)
+        return self._hits(self.encoder.encode_texts(query), top_k, prefix)
 
     def search_by_image(
         self,
-        image,     # encoded bytes, a path, a PIL picture or an array
+        image,      # encoded bytes, a path, a PIL picture or an array
         top_k=10,
+        prefix=(),  # codes: only pictures whose semantic IDs start so
     ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
         "The pictures that look most like one."
         vectors, errors = self.encoder.encode_images([image])
         if errors: raise DataError(f"The picture can't be searched with: {errors[0]}.")
-        return self._hits(vectors, top_k)
+        return self._hits(vectors, top_k, prefix)
 
-    def _hits(self, vectors, top_k): return [_line(hit) for hit in self.database.search(vectors, top_k)[0]]
+    def _hits(self, vectors, top_k, prefix):
+        database = self.database
+        allowed = database.starting_with(prefix) if len(prefix) else None
+        return [_line(hit) for hit in database.search(vectors, top_k, allowed)[0]]
 
 def create_predictor(
     model_path=None,   # a model's folder, or another encoder's name; where models are made, by default

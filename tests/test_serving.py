@@ -1,0 +1,164 @@
+"Serving: many clients at once, changes while it runs, commands, and the page in a browser."
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from semid.collection import collect
+from semid.semantic_ids.encoding import ids_table
+from semid.serving.database import DatabaseWriter, ImageDatabase
+
+SEMID = str(Path(sys.executable).with_name("semid"))
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync").split()
+
+
+def semid(*words, cwd, check=True):
+    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A collection, a model trained for a moment, a database with semantic IDs: all by the commands."
+    folder = tmp_path_factory.mktemp("serving")
+    collect("scenes", folder / "scenes", n=200, side=48, progress=False)
+    semid(*"ranking train --collection scenes --epochs 2 --side 48 --batch-size 32 -q".split(), cwd=folder)
+    assert "200 pictures; 0 can't" in semid("database", "build", "scenes", "-q", cwd=folder).stdout
+    ids = [*ImageDatabase(folder / "db").ids]
+    codes = np.stack([np.arange(200) % 5, np.arange(200) % 7], 1).astype(np.int32)
+    said = [f"{a}-{b}" for a, b in codes]
+    table = ids_table(ids, codes, said, [f"{text}-{i}" for i, text in enumerate(said)])
+    pq.write_table(table, folder / "ids.parquet")
+    assert "200 of 200" in semid("database", "ids", "ids.parquet", cwd=folder).stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(project):
+    "The address of a running service."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = subprocess.Popen([SEMID, "serve", "--database", "db/", "--port", str(port), "--device", "cpu"],
+                               cwd=project, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while True:
+        assert running.poll() is None and time.monotonic() < deadline
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+            break
+        except httpx.TransportError: time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    running.terminate()
+    running.wait()
+
+
+def test_the_commands_search(project):
+    lines = semid("search", "a dog playing in the park", "--database", "db/", "--top-k", 10,
+                  cwd=project).stdout.splitlines()
+    assert [int(line.split()[0]) for line in lines] == [*range(1, 11)]
+    inside = semid("search", "a heart", "--prefix", "3-4", cwd=project).stdout.splitlines()
+    database = ImageDatabase(project / "db")
+    codes = {line.split()[2]: tuple(database.codes[database._row_of[line.split()[2]]]) for line in inside}
+    assert len(codes) == 6 and {*codes.values()} == {(3, 4)}
+    assert "Give either" in semid("search", cwd=project, check=False).stderr
+    assert "no database" in semid("search", "a", "--database", "none", cwd=project, check=False).stderr
+
+
+def test_many_clients_at_once(url):
+    "32 clients: each is answered, and all with the same pictures."
+    async def ask_all():
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            asked = (client.post("/search", json={"query": "a red heart", "top_k": 5}) for _ in range(32 * 8))
+            return await asyncio.gather(*asked)
+    answers = asyncio.run(ask_all())
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({tuple(line["id"] for line in answer.json()["results"]) for answer in answers}) == 1
+
+
+def test_bodies_without_a_length_have_a_limit_too(url):
+    def endless():
+        for _ in range(400): yield b"a" * 2**16
+    try: status = httpx.post(f"{url}/search", content=endless(), timeout=60).status_code
+    except httpx.WriteError: status = 413  # it hung up before all was sent
+    assert status == 413
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_changes_are_seen_while_it_runs(project, url):
+    writer, database = DatabaseWriter(project / "db"), ImageDatabase(project / "db")
+    writer.add(["new"], database.parts[0][:1])
+    assert httpx.get(f"{url}/health").json()["pictures"] == 201
+    assert httpx.get(f"{url}/items/new").json() == {"id": "new", "codes": [], "path": []}
+    writer.remove(["new"])
+    assert httpx.get(f"{url}/items/new").status_code == 404
+
+
+KILLED = """
+import sys
+import numpy as np
+from semid.serving.database import DatabaseWriter, ImageDatabase
+database = ImageDatabase(sys.argv[1])
+print("ready", flush=True)
+for i in range(10_000): DatabaseWriter(sys.argv[1]).add([f"extra-{i}"], database.parts[0][:1])
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_database(project, tmp_path):
+    shutil.copytree(project / "db", tmp_path / "db")
+    for wait in (0.05, 0.13, 0.21):
+        running = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "db"], stdout=subprocess.PIPE)
+        running.stdout.readline()
+        time.sleep(wait)
+        running.kill()
+        running.wait()
+        database = ImageDatabase(tmp_path / "db")
+        assert {*ImageDatabase(project / "db").ids} <= {*database.ids}
+        assert len(database.search(database.parts[0][:1], 1000)[0]) == len(database) >= 200
+    DatabaseWriter(tmp_path / "db").add(["last"], database.parts[0][:1])
+    assert "last" in ImageDatabase(tmp_path / "db")
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_by_keyboard(url, scheme):
+    "Search, open a picture, walk to a prefix, close: without a mouse and without an error."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page, errors = browser.new_page(color_scheme=scheme), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        page.goto(url)
+        page.wait_for_selector("#results li")
+        page.locator("body").press("/")
+        page.keyboard.type("a red heart")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said:has-text('30 pictures in')")
+        page.locator("#results button").first.focus()
+        page.keyboard.press("ArrowRight")
+        chosen = page.evaluate("document.activeElement.dataset.id")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#panel")
+        assert page.inner_text("#panel h2") == chosen
+        assert page.locator("#panel section").count() == 2
+        prefix = page.locator("#panel section h3 button").last
+        wanted = prefix.inner_text()
+        prefix.press("Enter")
+        page.wait_for_selector(f"#said:has-text('40 pictures start with {wanted}')")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#panel", state="detached")
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 26)"
+        browser.close()
+    assert not errors and dark == (scheme == "dark")
