@@ -1,12 +1,15 @@
-"Can the captions of the rendered collection be told apart, by who reads them?"
+"Can the captions of the rendered collection be told apart by who reads them, and is what they say drawn?"
 import json
 import re
 from collections import defaultdict
 
+import numpy as np
 import pytest
+from scipy.ndimage import binary_erosion, label
 
 from semid.quality.degradations import random_damage
-from semid.scenes import _OTHER_WAY, BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, scenes
+from semid.scenes import (_OTHER_WAY, BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, _ground, random_scene,
+                          render, scenes)
 
 NUMBERS = {"one": 1, "a": 1, "an": 1, "a single": 1, "two": 2, "three": 3, "four": 4}
 
@@ -85,3 +88,29 @@ def test_truth_is_beside_the_pictures(collection):
         assert (record["damage"] is None) == (record["severity"] == 0)
     assert 150 < sum(bool(r["copy_kind"]) for r in collection) < 240
     assert 190 < sum(bool(r["damage"]) for r in collection) < 290
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_what_is_drawn_is_what_is_said(seed):
+    "Things are blobs that were not on the background: so many, of this colour and size, on this side."
+    scene, side = random_scene(seed), 192
+    picture = np.asarray(render(scene, side, seed)).astype(int)
+    ground = np.asarray(_ground(scene.background, side, np.random.default_rng(seed))).astype(int)
+    there = abs(picture - ground).max(2) > 0
+    blobs, _ = label(binary_erosion(there, iterations=2))  # corners of squares may just touch
+    sizes = np.bincount(blobs.ravel())[1:]
+    of = [np.argwhere(blobs == i + 1) for i in np.flatnonzero(sizes > 100)]
+    axis, low = {"left": (1, True), "right": (1, False),
+                 "above": (0, True), "below": (0, False)}[scene.relation]
+    is_first = [(where[:, axis].mean() < side / 2) == low for where in of]
+    palette = np.array([*COLOURS.values()])
+    for things, wanted in ((scene.first, True), (scene.second, False)):
+        found = [where for where, first in zip(of, is_first) if first == wanted]
+        assert len(found) == things.count
+        rim = "white" if things.colour == "black" else "black"
+        for where in found:
+            inside = picture[where[:, 0], where[:, 1]]
+            names = np.array([*COLOURS])[abs(inside[:, None] - palette).sum(2).argmin(1)]
+            kinds, counts = np.unique(names[names != rim], return_counts=True)
+            assert kinds[counts.argmax()] == things.colour
+            assert (np.ptp(where, axis=0).max() > 0.14 * side) == (things.size == "large")
