@@ -360,9 +360,8 @@ def _search_piece(search, tiles, most):
     return search_tiles(search, tiles, 1, most)
 
 def _let_go(ray, refs):
-    "Cancel tasks, and take what errors they left: Ray prints those that nobody takes."
-    # Not by force: to kill a task that is just finishing can end this process too (seen in Ray 2.60)
-    for ref in refs: ray.cancel(ref)
+    "Take what errors tasks left: Ray prints those that nobody takes."
+    # They are not cancelled: where a task is just finishing, that can end this process too (seen in Ray 2.60)
     for ref in ray.wait(refs, num_returns=len(refs), timeout=5)[0] if refs else ():
         with suppress(ray.exceptions.RayError): ray.get(ref)
 
