@@ -50,8 +50,8 @@ def url(project):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = subprocess.Popen([SEMID, "serve", "--database", "db/", "--port", str(port), "--device", "cpu"],
-                               cwd=project, stdout=subprocess.DEVNULL)
+    words = f"serve --database db/ --port {port} --device cpu --timeout 100".split()  # of a busy machine
+    running = subprocess.Popen([SEMID, *words], cwd=project, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while True:
         assert running.poll() is None and time.monotonic() < deadline
@@ -79,7 +79,7 @@ def test_the_commands_search(project):
 def test_many_clients_at_once(url):
     "32 clients: each is answered, and all with the same pictures."
     async def ask_all():
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             asked = (client.post("/search", json={"query": "a red heart", "top_k": 5}) for _ in range(32 * 8))
             return await asyncio.gather(*asked)
     answers = asyncio.run(ask_all())
