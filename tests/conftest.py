@@ -1,5 +1,5 @@
 "What several tests share."
-import os, subprocess, sys, tarfile
+import os, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,25 @@ from semid.ray_cluster import start_ray
 
 SDIST = "semantic-id==0.2.5"
 DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SEMID = str(Path(sys.executable).with_name("semid"))
+
+
+def semid(*words, cwd, check=True):
+    "Run the command line; what it says, and how it ends."
+    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def kill_once_there(path, *words, cwd):
+    "Run the command line, and kill it as soon as a file is there."
+    running = subprocess.Popen([SEMID, *map(str, words)], cwd=cwd, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
 
 
 def real_data(name):

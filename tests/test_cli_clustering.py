@@ -4,18 +4,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import SEMID, semid
 from semid import KMeans, KMeansInference, read_features, write_features
 
-SEMID = str(Path(sys.executable).with_name("semid"))
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +27,6 @@ def shards(tmp_path_factory):
         write_features(folder / f"features_{i}.parquet", [f"item-{j}" for j in rows], X[rows.start:rows.stop])
     np.save(folder / "features.npy", X)
     return folder
-
-
-def semid(*words, cwd, check=True):
-    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def test_the_documented_commands(shards, tmp_path):

@@ -1,7 +1,6 @@
 "Quality models: a killed run ends as a whole one, the documented calls work, Ray gives the same rows."
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from conftest import kill_once_there, semid
 from semid.collection import collect, open_collection
 from semid.config import ConfigError
 from semid.images import image_bytes, read_image
@@ -17,14 +17,7 @@ from semid.quality.degradations import FAMILIES, degrade, random_damage
 from semid.quality.model import QualityAssessmentInference
 from semid.quality.refiner import VisualDegradationsRefiner, score_pictures
 
-SEMID = str(Path(sys.executable).with_name("semid"))
 TRAIN = "quality train --collection scenes --epochs 4 --per-epoch 96 --width 4 -q --output-path".split()
-
-
-def semid(*words, cwd, check=True):
-    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +58,7 @@ def test_the_documented_commands(project, tmp_path):
 def test_a_killed_training_ends_as_a_whole_one(project):
     words = [*TRAIN, "killed"]
     checkpoint = project / "killed" / "checkpoint.safetensors"
-    running = subprocess.Popen([SEMID, *words], cwd=project, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    running.kill()
-    running.wait()
+    kill_once_there(checkpoint, *words, cwd=project)
     assert checkpoint.exists() and not (project / "killed" / "model.safetensors").exists()
     assert "resume" in semid(*words, cwd=project, check=False).stderr
     semid(*words, "--resume", cwd=project)

@@ -1,9 +1,5 @@
 "Ranking: figures as torchmetrics has them, a killed run ends as a whole one, commands, encoders of others."
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from conftest import kill_once_there, semid
 from semid.collection import collect
 from semid.features import read_features
 from semid.ranking.encoders import open_encoder
 from semid.ranking.metrics import retrieval_metrics
 
-SEMID = str(Path(sys.executable).with_name("semid"))
 TRAIN = "ranking train --collection scenes --epochs 4 --side 48 --batch-size 32 -q --output-path".split()
-
-
-def semid(*words, cwd, check=True):
-    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +74,7 @@ def test_ties_count_as_the_mean_of_all_orders(images, each, seed, k):
 def test_a_killed_training_ends_as_a_whole_one(project):
     words = [*TRAIN, "killed"]
     last = project / "killed" / "last"
-    running = subprocess.Popen([SEMID, *words], cwd=project, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not last.exists():
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    running.kill()
-    running.wait()
+    kill_once_there(last, *words, cwd=project)
     assert last.exists() and not (project / "killed" / "model.safetensors").exists()
     assert "resume" in semid(*words, cwd=project, check=False).stderr
     assert "batch_size=32" in semid(*words, "--resume", "killed/last", "--batch-size", 16, cwd=project,

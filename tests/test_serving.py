@@ -5,27 +5,20 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import SEMID, semid
 from semid.collection import collect
 from semid.semantic_ids.encoding import ids_table
 from semid.serving.database import DatabaseWriter, ImageDatabase
 
-SEMID = str(Path(sys.executable).with_name("semid"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
-
-
-def semid(*words, cwd, check=True):
-    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

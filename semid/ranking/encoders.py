@@ -27,15 +27,15 @@ from .contrastive import KIND
 from .network import DualEncoder
 from .text import read_tokenizer
 
-# %% ../../nbs/ranking/04_encoders.ipynb #c713dad2
+# %% ../../nbs/ranking/04_encoders.ipynb #b754c463
 @dataclass
 class Encoder:
     "Pictures and texts to unit vectors of one space."
     name: str                                   # as `open_encoder` was given it
     dim: int                                    # of the space
     fingerprint: str                            # sha256 of the weights and of what else the vectors depend on
-    prepare: Callable[[np.ndarray], Any] | None  # (H, W, 3) uint8 to a tensor of one shape; None: no pictures
-    images: Callable[[Any], Any]                # prepared pictures, stacked, to (n, dim)
+    prepare: Callable[[np.ndarray], Any] | None  # (H, W, 3) uint8 to a tensor of one shape; None as below
+    images: Callable[[Any], Any] | None         # prepared pictures, stacked, to (n, dim); None: no pictures
     texts: Callable[[list[str]], Any]           # texts to (n, dim)
     device: str = "cpu"
     batch_size: int = 64
@@ -63,7 +63,7 @@ class Encoder:
         progress=False,
     ) -> tuple[np.ndarray, dict[int, str]]:  # (n, dim) float32; why some have no vector, by their number
         "Unit vectors of pictures; NaN for those that can't be decoded."
-        if self.prepare is None:
+        if self.prepare is None or self.images is None:
             raise ConfigError(f"{self.name} reads texts only: use dual or open_clip for pictures.")
         images = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
         vectors = np.full((len(images), self.dim), np.nan, np.float32)
@@ -136,9 +136,7 @@ def _open_clip(name, where, device):
                    lambda images: network.encode_image(images.to(device)),
                    lambda texts: network.encode_text(split(texts).to(device)), device)
 
-# %% ../../nbs/ranking/04_encoders.ipynb #464225af
-def _no_images(images): raise ConfigError("There are no pictures in this space.")
-
+# %% ../../nbs/ranking/04_encoders.ipynb #cb70ac88
 def _sentence_transformers(name, where, device):
     try: from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -153,7 +151,7 @@ def _sentence_transformers(name, where, device):
                                "network connection.") from None
     encode = lambda texts: network.encode(texts, show_progress_bar=False, convert_to_tensor=True)
     dim = encode(["a"]).shape[1]
-    return Encoder(name, dim, _fingerprint("sentence-transformers", _digest(network)), None, _no_images,
+    return Encoder(name, dim, _fingerprint("sentence-transformers", _digest(network)), None, None,
                    encode, device)
 
 # %% ../../nbs/ranking/04_encoders.ipynb #7b6acd03

@@ -56,7 +56,7 @@ def nearest_rows(
         first += len(part)
     return rows, found
 
-# %% ../../nbs/serving/00_database.ipynb #b57e381e
+# %% ../../nbs/serving/00_database.ipynb #050e1391
 KIND = "image database"
 
 @dataclass
@@ -67,6 +67,12 @@ class Hit:
     score: float     # cosine
     path: str | None  # where its file is, if that is known
 
+def _stamp_of(folder):
+    "What changes whenever a manifest is written."
+    try: found = (Path(folder) / "manifest.json").stat()
+    except OSError: return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
 class ImageDatabase:
     "Pictures as vectors of one model, on disk, as they were when it was opened."
     def __init__(
@@ -74,14 +80,16 @@ class ImageDatabase:
         folder,    # one that `create` made
         had=None,  # an earlier `ImageDatabase` of this folder, whose segments need not be read again
     ):
-        self.folder = Path(folder)
+        self.folder, known = Path(folder), had._segments if had else {}
         about = self._manifest()
-        known, names = had._segments if had else {}, [name for name, _ in about["segments"]]
-        try: found = [known.get(name) or self._read(name, n, about["dim"]) for name, n in about["segments"]]
-        except FileNotFoundError as e:  # gone since the manifest was read: somebody wrote all anew
-            if self._manifest() == about:
-                raise ModelFormatError(f"{e.filename} is missing: build the database again.") from None
-            return self.__init__(folder)  # type: ignore[misc]
+        while True:
+            names, dim = [name for name, _ in about["segments"]], about["dim"]
+            try: found = [known.get(name) or self._read(name, n, dim) for name, n in about["segments"]]
+            except FileNotFoundError as e:  # somebody may have written all anew since
+                if (now := self._manifest()) == about:
+                    raise ModelFormatError(f"{e.filename} is missing: build the database again.") from None
+                about = now
+            else: break
         self.about, self._segments, self.parts = about, dict(zip(names, found)), [one[0] for one in found]
         joined = lambda i: np.concatenate([np.empty(0, object), *(one[i] for one in found)])
         self.ids, self.paths = joined(1), joined(2)  # (rows,), also of what was removed
@@ -104,15 +112,17 @@ class ImageDatabase:
             raise ConfigError(f"{folder} is there already: open it to add pictures, or name another folder.")
         with alone_in(folder):
             about = {"type": KIND, "encoder": encoder.fingerprint, "dim": encoder.dim}
-            write_json(folder / "manifest.json", about | {"segments": [], "removed": {}, "ids": 0})
+            write_json(folder / "manifest.json", about | {"segments": [], "removed": {}, "ids": 0, "next": 1})
         return cls(folder)
 
     def latest(self) -> "ImageDatabase":
         "As it is on disk now: this one, if nothing has changed."
-        return self if self._manifest() == self.about else ImageDatabase(self.folder, self)
+        return self if self._stamp == _stamp_of(self.folder) else ImageDatabase(self.folder, self)
 
     def _manifest(self):
-        try: about = json.loads((self.folder / "manifest.json").read_text())
+        try:
+            self._stamp = _stamp_of(self.folder)  # before it is read: what comes later is seen the next time
+            about = json.loads((self.folder / "manifest.json").read_text())
         except OSError:
             raise DataError(f"{self.folder} is no database of pictures: build one first.") from None
         except ValueError as e:
@@ -209,7 +219,7 @@ class ImageDatabase:
             raise ModelFormatError(f"{self.folder} was made by another model than {encoder.name}: use that "
                                    "one, or build the database again.")
 
-# %% ../../nbs/serving/00_database.ipynb #187f7ecf
+# %% ../../nbs/serving/00_database.ipynb #225fd330
 _GONE = 0.25  # share of removed rows from which on everything is written anew
 
 _GROUP = 256  # rows that are read together for a thumbnail
@@ -230,8 +240,8 @@ def _checked(ids, vectors, paths, thumbnails, dim):
     paths = [None if path is None else str(path) for path in ([None] * len(ids) if paths is None else paths)]
     thumbnails = list([None] * len(ids) if thumbnails is None else thumbnails)
     if vectors.shape != (len(ids), dim) or not len(paths) == len(thumbnails) == len(ids):
-        raise ShapeMismatchError(f"There are {len(ids)} ids, {len(paths)} paths, {len(thumbnails)} pictures "
-                                 f"and vectors {vectors.shape}: expected ({len(ids)}, {dim}).")
+        raise ShapeMismatchError(f"There are {len(ids)} ids, {len(paths)} paths, {len(thumbnails)} "
+                                 f"thumbnails; vectors are {vectors.shape}, expected ({len(ids)}, {dim}).")
     if len(set(ids)) < len(ids): raise DataError("An id is there twice: ids must be unique.")
     odd = ~(abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3)  # NaN is odd too
     if odd.any(): raise DataError(f"The vector of {ids[odd.argmax()]!r} has not length 1.")
@@ -254,10 +264,7 @@ class DatabaseWriter:
             ids, *rest = _checked(ids, vectors, paths, thumbnails, database.about["dim"])
             if not ids: return
             about = _without(database, [i for i in ids if i in database])
-            name = _next(about)
-            _write_segment(self.folder, name, ids, *rest)
-            about["segments"].append([name, len(ids)])
-            self._finish(about)
+            self._finish(_with_segment(self.folder, about, ids, *rest))
 
     def remove(
         self,
@@ -276,6 +283,7 @@ class DatabaseWriter:
     ) -> int:  # pictures that have an ID now
         "Give pictures their semantic IDs, by which a search can be restricted; they replace earlier ones."
         table = read_ids(path)
+        if not len(table): raise DataError(f"{path} holds no IDs.")
         codes_of(table)  # of one length
         with alone_in(self.folder):
             database = ImageDatabase(self.folder)
@@ -295,21 +303,22 @@ class DatabaseWriter:
 
     def _write_anew(self, about):
         "Everything that is left as one segment."
-        database = ImageDatabase(self.folder)
-        keep, segments = np.flatnonzero(database.alive), []
+        database, files = ImageDatabase(self.folder), [f"{name}.parquet" for name, _ in about["segments"]]
+        keep, about = np.flatnonzero(database.alive), about | {"segments": [], "removed": {}}
         if len(keep):
-            files = [self.folder / f"{name}.parquet" for name, _ in about["segments"]]
-            small = pa.concat_tables(pq.read_table(file, columns=["thumbnail"]) for file in files)
-            segments, vectors = [[_next(about), len(keep)]], np.concatenate(database.parts)[keep]
-            _write_segment(self.folder, segments[0][0], database.ids[keep], vectors, database.paths[keep],
-                           small["thumbnail"].take(keep).combine_chunks())
-        about = about | {"segments": segments, "removed": {}}
+            read = (pq.read_table(self.folder / file, columns=["thumbnail"]) for file in files)
+            small = pa.concat_tables(read)["thumbnail"].take(keep).combine_chunks()
+            vectors = np.concatenate(database.parts)[keep]
+            about = _with_segment(self.folder, about, database.ids[keep], vectors, database.paths[keep],
+                                  small)
         write_json(self.folder / "manifest.json", about)
         return about
 
-def _next(about):
-    "A name for one more segment."
-    return f"{1 + max((int(name) for name, _ in about['segments']), default=0):06d}"
+def _with_segment(folder, about, ids, *columns):
+    "The manifest, once there is one more segment, whose name nobody had before."
+    name = f"{about['next']:06d}"
+    _write_segment(folder, name, ids, *columns)
+    return about | {"segments": [*about["segments"], [name, len(ids)]], "next": about["next"] + 1}
 
 def _without(database, ids):
     "The manifest, once these are removed."

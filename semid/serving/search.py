@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Predictor', 'create_predictor']
 
-# %% ../../nbs/serving/01_search.ipynb #bda0d1ce
+# %% ../../nbs/serving/01_search.ipynb #8721baeb
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,9 @@ from ..config import ConfigError, DataError, default_threads
 from ..images import image_bytes, read_pixels
 from ..picture_sources import pictures_at
 from ..ranking.encoders import Encoder, open_encoder
-from .database import DatabaseWriter, Hit, ImageDatabase
+from .database import DatabaseWriter, Hit, ImageDatabase, best_of
 
-# %% ../../nbs/serving/01_search.ipynb #72756513
+# %% ../../nbs/serving/01_search.ipynb #d9ea6561
 MODELS = "models/ranking", "data/ranking/model"  # where a model is looked for
 
 def _line(hit):
@@ -67,8 +67,8 @@ class Predictor:
             raise DataError(f"{len(errors)} of {len(paths)} pictures can't be ranked; {paths[first]}: "
                             f"{errors[first]}.")
         scores = vectors @ self.encoder.encode_texts(text_query)[0]
-        best = np.argsort(-scores, kind="stable")[:top_k]
-        return [_line(Hit(i + 1, paths[row], float(scores[row]), paths[row])) for i, row in enumerate(best)]
+        return [_line(Hit(i + 1, paths[row], float(scores[row]), paths[row]))
+                for i, row in enumerate(best_of(scores, top_k))]
 
     def build_image_database(
         self,

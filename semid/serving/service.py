@@ -112,24 +112,24 @@ class _Numbers:
         self.seconds.labels(route).observe(time.perf_counter() - start)
         return response
 
-# %% ../../nbs/serving/02_service.ipynb #066933ba
+# %% ../../nbs/serving/02_service.ipynb #1f451b40
 def _codes(database, row): return [int(code) for code in database.codes[row] if code >= 0]
 
 def _text(codes): return "-".join(map(str, codes))
 
 def _as_codes(text): return [int(code) for code in text.split("-") if code]
 
-def _step(database, codes, examples=6):
+def _step(database, codes, rows):
     "A prefix, how many share it, and some of them."
-    rows = np.flatnonzero(database.starting_with(codes))
-    return Step(prefix=_text(codes), pictures=len(rows), examples=[*database.ids[rows[:examples]]])
+    return Step(prefix=_text(codes), pictures=len(rows), examples=[*database.ids[rows[:6]]])
 
 def _branch(database, codes, most):
     "What is below a prefix."
     rows = np.flatnonzero(database.starting_with(codes))
-    below = database.codes[rows, len(codes):len(codes) + 1]  # no column below the last level
-    children = [_step(database, [*codes, int(code)]) for code in np.unique(below[below >= 0])]
-    items = [*database.ids[rows[:most]]]
+    is_last, items = len(codes) == database.codes.shape[1], [*database.ids[rows[:most]]]
+    below = np.full(len(rows), -1) if is_last else database.codes[rows, len(codes)]
+    children = [_step(database, [*codes, int(code)], rows[below == code])
+                for code in np.unique(below[below >= 0])]
     return Branch(prefix=_text(codes), pictures=len(rows), children=children, items=items)
 
 def create_app(
@@ -183,7 +183,8 @@ def create_app(
         database = predictor.database
         if id not in database: raise HTTPException(404, f"There is no picture {id[:200]!r}.")
         codes = _codes(database, database._row_of[id])
-        path = [_step(database, codes[:level]) for level in range(1, len(codes) + 1)]
+        prefixes = [codes[:level] for level in range(1, len(codes) + 1)]
+        path = [_step(database, some, np.flatnonzero(database.starting_with(some))) for some in prefixes]
         return Item(id=id, codes=codes, path=path)
 
     @app.get("/ids/{prefix:path}")
