@@ -148,6 +148,7 @@ def train_classifier(
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
     "Train a classifier and write it, with its curves beside it; the best epoch is the most accurate one."
+    from matplotlib.pyplot import close
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
@@ -180,6 +181,7 @@ def train_classifier(
     logits, labels = _outputs(network, data, judged, where, batch_size)
     figure = plot_classifier(done.history, logits.argmax(1), labels, data.classes)
     save_figure(figure, output_path / "training.png")
+    close(figure)
     if own: own.unlink(missing_ok=True)
     return done.history
 

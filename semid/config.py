@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
            'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'default_threads', 'flush_to_disk',
-           'is_alive', 'atomic_path', 'alone_in', 'write_json', 'save_figure']
+           'file_sha256', 'is_alive', 'atomic_path', 'alone_in', 'write_json', 'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
-import glob, json, os, random, re, tempfile, warnings
+import glob, hashlib, json, os, random, re, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -134,6 +134,12 @@ def flush_to_disk(
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
+
+def file_sha256(
+    path,
+) -> str:
+    "sha256 of a file, in hexadecimal digits."
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 def is_alive(
     pid,  # a number

@@ -69,7 +69,7 @@ def _text_columns(names):
 def _texts(values):
     "Captions from one column or several, each a text or a list of them."
     flat = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    return [text for text in flat if text]
+    return [text for text in flat if text and text.strip()]
 
 def _inside(path, root, links):
     "The bytes of a file below a folder, nothing if it is elsewhere."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'RELATIONS', 'BACKGROUNDS', 'COPIES', 'Things', 'Scene', 'random_scene', 'captions',
-           'render', 'scenes']
+           'kind_of_caption', 'render', 'scenes']
 
 # %% ../nbs/02_scenes.ipynb #3da5d369
 import json
@@ -105,6 +105,17 @@ def captions(
              f"{ground()}, {first(with_size=False)} {related} {second(with_size=False)}",
              f"{first()}, and {back} {pronoun} {second()}"]
     return [found[i][0].upper() + found[i][1:] + "." for i in rng.permutation(5)]
+
+# %% ../nbs/02_scenes.ipynb #b7f0c3a9
+def kind_of_caption(
+    text,   # one that `captions` wrote
+) -> str:
+    "Which of the five ways of saying it a caption is."
+    text = text.lower()
+    ground = next((words for some in BACKGROUNDS.values() for words in some if words in text), None)
+    if ground is None: return "in two parts" if ", and " in text else "the other way round"
+    if text.startswith(ground): return "background first, no sizes"
+    return "no relation" if text.startswith("there ") else "all of it"
 
 # %% ../nbs/02_scenes.ipynb #3f033f29
 _GROUND = {"sky": ("china.jpg", (330, 0, 640, 195)), "lake": ("china.jpg", (352, 234, 545, 334)),

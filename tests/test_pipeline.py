@@ -40,6 +40,7 @@ def copy(tmp_path_factory):
     settings["collection"] |= {"n": 240, "side": 64}
     settings["quality"] |= {"epochs": 2, "per_epoch": 256, "width": 4}
     settings["refine"]["least_score"] = 0.3
+    settings["ranking"] |= {"epochs": 2, "side": 48}
     settings["sweep"] |= {"grid": GRID, "max_iter": 10}
     settings["ids"]["n_clusters"] = 32
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
@@ -67,6 +68,17 @@ def test_every_picture_is_in_one_heap(copy):
     kept = [pq.read_metadata(copy / "data" / "refined" / f"{split}.parquet").num_rows
             for split in ("train", "validation", "test")]
     assert sum(kept) == refined["kept"]
+
+
+def test_pictures_and_captions_are_vectors_of_one_space(copy):
+    read = lambda name: json.loads((copy / "data" / "metrics" / name).read_text())
+    ranking, embed = read("ranking.json"), read("embed.json")
+    assert embed["images"] == read("refine.json")["kept"] and embed["captions"] == 5 * embed["images"]
+    assert len(ranking["by kind"]) == 5 and 0 < ranking["t2i_recall@10"] < 1
+    for kind in "images", "captions":
+        ids, X = read_features(copy / "data" / "embedded" / kind)
+        assert X.shape == (embed[kind], embed["dim"]) and len(set(ids)) == embed[kind]
+        assert np.allclose(np.linalg.norm(X, axis=1), 1, atol=1e-5)
 
 
 def test_nothing_is_there_twice(copy):

@@ -66,6 +66,10 @@ def test_the_commands_search(project):
     codes = {line.split()[2]: tuple(database.codes[database._row_of[line.split()[2]]]) for line in inside}
     assert len(codes) == 6 and {*codes.values()} == {(3, 4)}
     assert "Give either" in semid("search", cwd=project, check=False).stderr
+    assert "semid database index" in semid("search", "a", "--approximate", cwd=project, check=False).stderr
+    assert "nearest" in semid("database", "index", "--effort", 200, cwd=project).stdout
+    exact, nearly = (semid("search", "a heart", *how, cwd=project).stdout for how in ((), ("--approximate",)))
+    assert exact == nearly
     assert "no database" in semid("search", "a", "--database", "none", cwd=project, check=False).stderr
 
 

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from numba import njit
 
 from .kmeans import check_number
-from ..config import ConfigError, DataError, SemidError, ShapeMismatchError, atomic_path, write_json
+from ..config import (ConfigError, DataError, SemidError, ShapeMismatchError, atomic_path, file_sha256,
+                          write_json)
 from ..features import check_apart
 
 # %% ../../nbs/clustering/15_duplicates.ipynb #ba15ea73
@@ -351,7 +352,6 @@ def check_room(
         raise ConfigError(f"{path} holds {what}: use another folder.")
     for file in (*others, *(path / name for name in names)): check_apart(file, read)
 
-def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def _save(result, path):
     from semid import __version__
@@ -363,7 +363,7 @@ def _save(result, path):
     figures = dict(duplicate_ratio=result.duplicate_ratio, exact_duplicate_ratio=result.exact_duplicate_ratio,
                    estimated_miss_rate=result.estimated_miss_rate,
                    estimated_miss_interval=result.estimated_miss_interval, sampled_pairs=result.sampled_pairs)
-    hashes = {f"{name}.parquet": _sha256(path / f"{name}.parquet") for name in _FILES}
+    hashes = {f"{name}.parquet": file_sha256(path / f"{name}.parquet") for name in _FILES}
     write_json(path / "manifest.json", dict(
         type="Duplicates", semid_version=__version__, threshold=result.threshold,
         counts=result.counts(), **figures, about=result.about, sha256=hashes))
@@ -374,7 +374,7 @@ def _load(path):
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["type"] != "Duplicates": raise ValueError(f"it holds a {manifest['type']}")
         for name in _FILES:
-            if _sha256(path / f"{name}.parquet") != manifest["sha256"][f"{name}.parquet"]:
+            if file_sha256(path / f"{name}.parquet") != manifest["sha256"][f"{name}.parquet"]:
                 raise ValueError(f"{name}.parquet is not the file that was saved")
         if not manifest["about"]["collected_at"] <= manifest["threshold"] <= 1:
             raise ValueError("its threshold is not one of these pairs")

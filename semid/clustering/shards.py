@@ -7,7 +7,7 @@ __all__ = ['Source', 'find_sources', 'what_changed', 'fetched', 'Stage', 'remove
            'shard_blocks', 'quantised_blocks', 'quantise_shard', 'take_rows']
 
 # %% ../../nbs/clustering/09_shards.ipynb #5a969d8a
-import hashlib, os, re, shutil
+import os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from .kmeans import normalise_rows
 from .rows import Rows, quantise_rows
 from .sums import Survey, squared_distances
-from ..config import ConfigError, DataError, atomic_path, flush_to_disk, write_json
+from ..config import ConfigError, DataError, atomic_path, file_sha256, flush_to_disk, write_json
 from ..features import open_features
 
 # %% ../../nbs/clustering/09_shards.ipynb #55c7f618
@@ -88,16 +88,13 @@ def find_sources(
     return [every[path] for path in sorted(every)]
 
 # %% ../../nbs/clustering/09_shards.ipynb #1865a69e
-def _digest(path):
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
 @contextmanager
 def _digests(
     sources,  # list of Source
 ):            # yields a function () -> list of str, "" for a remote one
     "sha256 of the files, in a thread beside what is done meanwhile."
     pool = ThreadPoolExecutor(1)
-    found = [None if s.store is not None else pool.submit(_digest, s.path) for s in sources]
+    found = [None if s.store is not None else pool.submit(file_sha256, s.path) for s in sources]
     try: yield lambda: ["" if digest is None else digest.result() for digest in found]
     finally: pool.shutdown(cancel_futures=True)
 
@@ -109,7 +106,7 @@ def what_changed(
     if len(sources) != len(marks): return f"there are {len(sources)} files, there were {len(marks)}"
     for now, was in zip(sources, marks):
         if now.mark() == {k: was[k] for k in now.mark()}: continue
-        if now.store is not None or now.size != was["size"] or _digest(now.path) != was["sha256"]:
+        if now.store is not None or now.size != was["size"] or file_sha256(now.path) != was["sha256"]:
             return f"{Path(now.path).name} is not the {Path(was['path']).name} of that run"
     return ""
 

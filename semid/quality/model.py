@@ -84,6 +84,7 @@ def train_quality(
 ) -> dict[str, list]:    # the history, an entry an epoch
     "Train a quality model and write it, with its curves beside it."
     import torch
+    from matplotlib.pyplot import close
     from semid.quality.network import QualityNetwork
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
@@ -112,7 +113,9 @@ def train_quality(
                   history=done.history, best_epoch=done.best_epoch)
     scale, shift = np.array(calibration).T
     logits = logits * scale + shift
-    save_figure(plot_training(done.history, logits, targets, data.heads), output_path / "training.png")
+    figure = plot_training(done.history, logits, targets, data.heads)
+    save_figure(figure, output_path / "training.png")
+    close(figure)
     if own: own.unlink(missing_ok=True)
     return done.history
 
@@ -146,7 +149,8 @@ def plot_training(
     for name in ("loss", "val_loss"): axes[0].plot(history.get(name, []), label=name)
     for name in ("val_srcc", "val_score_srcc"): axes[1].plot(history.get(name, []), label=name)
     for ax in axes[:2]: ax.set(xlabel="epoch")
-    for ax in axes[:2]: ax.legend(fontsize=7)
+    for ax in axes[:2]:
+        ax.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     if not names: return figure
     axes[2].imshow(_confusion(logits, targets), cmap="Blues", vmin=0, vmax=1)
     axes[2].set_xticks(range(len(names) + 1), [*names, "none"], rotation=90, fontsize=5)

@@ -22,7 +22,7 @@ from ..backbone import square
 from ..config import ConfigError, DataError, ModelFormatError, default_threads
 from ..config import device as device_of
 from ..images import MAX_PIXELS, read_pixels
-from ..networks import fill, read_network
+from ..networks import digest_of, fill, read_network
 from .contrastive import KIND
 from .network import DualEncoder
 from .text import read_tokenizer
@@ -104,12 +104,6 @@ def _dual(name, where, device):
 
 def _fingerprint(*parts): return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
-def _digest(network):
-    "sha256 of a network's tensors."
-    from safetensors.torch import save
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in network.state_dict().items()}
-    return hashlib.sha256(save(tensors)).hexdigest()
-
 # %% ../../nbs/ranking/04_encoders.ipynb #76a04990
 def _open_clip(name, where, device):
     arch, _, weights = where.partition(":")
@@ -131,7 +125,7 @@ def _open_clip(name, where, device):
                                "architecture, or a network connection.") from None
     network.eval()
     dim = network.encode_text(split(["a"]).to(device)).shape[1]
-    return Encoder(name, dim, _fingerprint("open_clip", arch, _digest(network)),
+    return Encoder(name, dim, _fingerprint("open_clip", arch, digest_of(network.state_dict())),
                    lambda pixels: prepare(Image.fromarray(pixels)),
                    lambda images: network.encode_image(images.to(device)),
                    lambda texts: network.encode_text(split(texts).to(device)), device)
@@ -151,8 +145,8 @@ def _sentence_transformers(name, where, device):
                                "network connection.") from None
     encode = lambda texts: network.encode(texts, show_progress_bar=False, convert_to_tensor=True)
     dim = encode(["a"]).shape[1]
-    return Encoder(name, dim, _fingerprint("sentence-transformers", _digest(network)), None, None,
-                   encode, device)
+    return Encoder(name, dim, _fingerprint("sentence-transformers", digest_of(network.state_dict())),
+                   None, None, encode, device)
 
 # %% ../../nbs/ranking/04_encoders.ipynb #7b6acd03
 _KINDS = {"dual": _dual, "open_clip": _open_clip, "sentence-transformers": _sentence_transformers}

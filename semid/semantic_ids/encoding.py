@@ -6,7 +6,6 @@
 __all__ = ['IDS_SCHEMA', 'codes_table', 'ids_table', 'read_ids', 'codes_of', 'describe', 'write_manifest', 'encode_features']
 
 # %% ../../nbs/semantic_ids/23_encoding.ipynb #b83f30ed
-import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import DataError, ShapeMismatchError, atomic_path, write_json
+from ..config import DataError, ShapeMismatchError, atomic_path, file_sha256, write_json
 from ..features import check_apart, open_features
 from .formatting import codes_to_ids
 from .uniqueness import UniqueIdResolver
@@ -67,9 +66,6 @@ def codes_of(
     return lists.flatten().to_numpy().reshape(len(table), -1).astype(np.int32)
 
 # %% ../../nbs/semantic_ids/23_encoding.ipynb #49b76895
-def _sha256(path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
 def describe(model) -> dict[str, Any]:
     "What a manifest says of a fitted encoder."
     return {"type": type(model).__name__, "sha256": model.fingerprint(), "n_levels": model.n_levels,
@@ -81,7 +77,7 @@ def write_manifest(
 ) -> dict[str, Any]:
     "Write manifest.json beside `path`, with the file's hash and semid's version."
     from semid import __version__
-    manifest = {"file": Path(path).name, "sha256": _sha256(path), "semid_version": __version__, **about}
+    manifest = {"file": Path(path).name, "sha256": file_sha256(path), "semid_version": __version__, **about}
     write_json(Path(path).with_name("manifest.json"), manifest)
     return manifest
 
