@@ -33,7 +33,7 @@ class Backbone(nn.Module):
     def __init__(self):
         from torchvision.models import mobilenet_v3_small
         super().__init__()
-        self.layers = mobilenet_v3_small().features
+        self.layers = mobilenet_v3_small().features.to(memory_format=torch.channels_last)
         for layer in self.layers.modules():
             if isinstance(layer, nn.BatchNorm2d): layer.momentum = 0.1
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])

@@ -20,14 +20,13 @@ class TextTower(nn.Module):
     def __init__(
         self,
         n_tokens,    # size of the vocabulary; token 0 is the padding
-        width=256,   # of the embeddings, and of the states of each direction
+        width=128,   # of the embeddings, and of the states of each direction
         dropout=0.1,
     ):
         super().__init__()
         self.embed = nn.Embedding(n_tokens, width, padding_idx=0)
         self.forwards, self.backwards = (nn.LSTM(width, width, batch_first=True) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.embed.weight[1:].detach(), std=0.1)
 
     def forward(
         self,
@@ -48,16 +47,14 @@ class DualEncoder(nn.Module):
         self,
         n_tokens,          # size of the vocabulary
         dim=256,           # of the space
-        width=256,         # of the text tower
+        width=128,         # of the text tower
         dropout=0.1,
         temperature=0.07,  # to start from
     ):
         super().__init__()
         self.image, self.text = Backbone(), TextTower(n_tokens, width, dropout)
-        self.to_space = nn.ModuleDict({
-            name: nn.Sequential(nn.Linear(n, 2 * dim), nn.Hardswish(), nn.Dropout(dropout),
-                                nn.Linear(2 * dim, dim))
-            for name, n in (("image", N_FEATURES), ("text", 2 * width))})
+        self.to_space = nn.ModuleDict({name: nn.Sequential(nn.Dropout(dropout), nn.Linear(n, dim))
+                                       for name, n in (("image", N_FEATURES), ("text", 2 * width))})
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
     def encode_images(
