@@ -33,6 +33,10 @@ def train_command(
     accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-3,
     side: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 96,
+    embedding_dim: Annotated[int, typer.Option(help="Dimensions of the space.")] = 256,
+    vocabulary_size: Annotated[int, typer.Option(help="Tokens of the text tower at most.")] = 10_000,
+    max_length: Annotated[int, typer.Option(help="Tokens of a caption; the rest is cut.")] = 64,
+    mirror: Annotated[bool, typer.Option(help="Pictures in a mirror, with left and right exchanged.")] = True,
     weights: Annotated[str, typer.Option(help="none, default (ImageNet's), or a file of them.")] = "none",
     patience: Annotated[int | None, typer.Option(help="Epochs without a better one.")] = None,
     device: Device = "auto",
@@ -53,7 +57,8 @@ def train_command(
     found = open_collection(collection)
     learned, judged = (captioned_pictures(found, split, side) for split in ("train", "validation"))
     settings = dict(epochs=epochs, batch_size=batch_size, chunk=chunk, accumulate=accumulate, lr=lr,
-                    weights=weights, patience=patience, seed=seed)
+                    embedding_dim=embedding_dim, vocabulary_size=vocabulary_size, max_length=max_length,
+                    mirror=mirror, weights=weights, patience=patience, seed=seed)
     with start_run("ranking", {**settings, "side": side}) if track else nullcontext() as tracked:
         history = train_ranking(learned, judged, output_path, **settings, device=device, precision=precision,
                                 checkpoint=resume, resume=bool(resume),
@@ -85,18 +90,24 @@ def evaluate(
 
 @app.command()
 def embed(
-    collection: Annotated[Path, typer.Argument(help="Folder of a collection.")],
+    collection: Annotated[Path, typer.Argument(help="A collection; with --text-column, Parquet.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the vectors.")],
     encoder: Encoder = "models/ranking",
     captions: Annotated[bool, typer.Option(help="Vectors of the captions too.")] = True,
     rows_per_shard: Annotated[int, typer.Option(help="Pictures of a shard.")] = 50_000,
+    text_column: Annotated[str | None, typer.Option(help="Texts without pictures: their column.")] = None,
+    id_column: Annotated[str, typer.Option(help="With --text-column: the column of ids.")] = "id",
     device: Device = "auto",
     quiet: Quiet = False,
 ):
-    "Vectors of a collection's pictures and captions, as Parquet; goes on where a run was cut off."
+    "Vectors of pictures and captions, as Parquet, or of texts alone; goes on where a run was cut off."
     from semid.collection import open_collection
-    from semid.ranking.embedding import embed_collection
+    from semid.ranking.embedding import embed_collection, embed_texts
     from semid.ranking.encoders import open_encoder
+    if text_column:
+        n = embed_texts(collection, open_encoder(encoder, device), output / "part-00000.parquet",
+                        id_column=id_column, text_column=text_column, progress=not quiet)
+        return typer.echo(f"{output}: {n:,} texts")
     made = embed_collection(open_collection(collection), open_encoder(encoder, device), output,
                             captions=captions, rows_per_shard=rows_per_shard, progress=not quiet)
     counts = ", ".join(f"{n:,} {kind}" for kind, n in made["counts"].items())

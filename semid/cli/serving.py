@@ -35,9 +35,11 @@ def build(
     "Add pictures to a database, which is made if it is not there; those that are in it are passed over."
     from semid.serving.search import create_predictor
     predictor = create_predictor(model_path, device, folder)
+    before = len(predictor.database) if (folder / "manifest.json").exists() else 0
     errors = predictor.build_image_database(pictures, progress=not quiet)
     for name, why in errors.items(): typer.echo(f"{name}: {why}", err=True)
-    typer.echo(f"{folder}: {len(predictor.database):,} pictures; {len(errors):,} can't be used")
+    now = len(predictor.database)
+    typer.echo(f"{folder}: {now:,} pictures, {now - before:,} of them new; {len(errors):,} can't be used")
 
 @database.command()
 def remove(
@@ -62,14 +64,20 @@ def attach_ids(
 @database.command()
 def index(
     folder: Folder = Path("db"),
-    links: Annotated[int, typer.Option(help="Of each picture to its neighbours: memory for recall.")] = 32,
-    effort: Annotated[int, typer.Option(help="Pictures a search keeps in mind: time for recall.")] = 64,
+    m: Annotated[int, typer.Option("--m", help="Links of each picture: memory for recall.")] = 32,
+    ef_search: Annotated[int, typer.Option(help="Pictures a search keeps in mind: time for recall.")] = 64,
+    queries: Annotated[Path | None, typer.Option(
+        help="Vectors that ask, such as captions/ of `semid embed`; by default, pictures.")] = None,
 ):
-    "Build the index of an approximate search, and measure what it misses."
+    "Build the index of an approximate search (HNSW), and measure what it misses."
+    import numpy as np
+    from semid.features import read_features
     from semid.serving.database import DatabaseWriter, ImageDatabase
-    recall = DatabaseWriter(folder).build_index(links, effort)
+    asked = None if queries is None else read_features(queries)[1]
+    if asked is not None: asked = asked[np.random.default_rng(0).permutation(len(asked))[:1000]]
+    recall = DatabaseWriter(folder).build_index(m, ef_search, asked)
     typer.echo(f"{folder}: {len(ImageDatabase(folder)):,} pictures; the index finds {recall:.2%} of the ten "
-               "nearest")
+               f"nearest to {'other pictures' if asked is None else 'these vectors'}")
 
 @app.command()
 def search(
@@ -108,4 +116,4 @@ def serve(
     from semid.serving.service import create_app
     service = create_app(create_predictor(model_path, device, folder, approximate), timeout=timeout)
     typer.echo(f"http://{host}:{port}")
-    uvicorn.run(service, host=host, port=port, log_level="warning")
+    uvicorn.run(service, host=host, port=port, log_level="warning", limit_concurrency=1000)

@@ -75,7 +75,8 @@ def contrastive_loss(
     pictures=None,  # (n,) number of each row's picture, where one or its near-copies may be there twice
 ):             # scalar
     "Symmetric contrastive loss (InfoNCE, as in CLIP); captions of the same picture are never negatives."
-    scores = images @ texts.T * scale
+    with torch.autocast(images.device.type, enabled=False):  # cosines times 100 need more than half precision
+        scores = images @ texts.T * scale
     right = torch.arange(len(scores), device=scores.device)
     if pictures is not None:
         same = (pictures[:, None] == pictures) & (right[:, None] != right)
@@ -100,9 +101,10 @@ def _in_chunks(network, encode, inputs, chunk):
     return torch.cat([recomputed(encode, part, use_reentrant=False, context_fn=again)
                       for part in inputs.split(chunk)])
 
-# %% ../../nbs/ranking/03_contrastive.ipynb #abf442cf
-_SIDE = re.compile(r"(?i)\b(?:left|right)\b(?= (?:of|side|hand)\b|-)|(?<=\bthe )(?:left|right)\b")
-_WORD = re.compile(r"(?i)\b(?:left|right)\b")
+# %% ../../nbs/ranking/03_contrastive.ipynb #1a906653
+_SIDE = re.compile(r"(?i)\b(?:left|right)(?= (?:side|half|corner|edge|hand)\b|-hand\b| of (?!way\b))"
+                   r"|(?<=\b(?:to|on|at|in) the )(?:left|right)(?=\W*$|[.,;:!?]| (?:and|or|is|are|of)\b)")
+_WORD = re.compile(r"(?i)\b(?:left|right)")
 
 def mirrored(
     text,
@@ -181,18 +183,18 @@ def train_ranking(
     validation,          # `Captioned`: what the best epoch is chosen by
     output_path,         # folder of the model
     *,
-    epochs=15,
+    epochs=60,
     batch_size=64,       # pairs that are compared
     lr=2e-3,             # at its peak: a warm-up, then a cosine
     weights="none",      # of the image tower: "none", "default" (torchvision's, from ImageNet), or a file
-    dim=256,             # of the space
+    embedding_dim=256,   # of the space
     width=128,           # of the text tower
     texts=2,             # captions of each picture that a step compares it with, drawn anew each time
     vocabulary_size=10_000,
     max_length=64,       # tokens of a caption
     weight_decay=0.02,
     augment=slightly_changed,  # (n, 3, side, side) pictures to changed ones; None: as they are
-    mirror=True,         # half of the pictures in a mirror, with the words for left and right exchanged
+    mirror=True,         # half of the pictures in a mirror, with left and right exchanged in English captions
     chunk=None,          # pairs that are in memory at once, where a batch is too large for it
     accumulate=1,        # batches a step
     device="auto",
@@ -212,11 +214,11 @@ def train_ranking(
     if min(batch_size, len(data)) < 2:
         raise ConfigError("A picture is told from others: two are needed in a batch.")
     where, output_path = device_of(device), Path(output_path)
-    own = None if checkpoint else output_path / "last"
+    last = output_path / "last"
     tokenizer = train_tokenizer(data.texts()[0], vocabulary_size, max_length)
     with torch.random.fork_rng(["cuda"] if where.startswith("cuda") else []):
         torch.manual_seed(seed)
-        network = DualEncoder(len(tokenizer), dim, width).to(where)
+        network = DualEncoder(len(tokenizer), embedding_dim, width).to(where)
     load_pretrained(network.image, weights)
     draw, names = _drawn(data, tokenizer, texts, mirror), sorted({*data.groups})
     group = torch.tensor(np.searchsorted(names, data.groups))
@@ -237,15 +239,16 @@ def train_ranking(
         images, texts = _vectors(network, validation, judged, where)
         return _recalls(retrieval_metrics(images, texts, owner))
     n_steps, precision = epochs * -(-len(data) // (batch_size * accumulate)), precision_on(where, precision)
-    about = {"dim": dim, "width": width, "side": data.images.shape[-1], "tokens": len(tokenizer), "lr": lr,
-             "batch_size": batch_size, "epochs": epochs, "weights": str(weights), "precision": precision,
-             "weight_decay": weight_decay, "chunk": chunk, "accumulate": accumulate, "texts": texts,
-             "mirror": mirror, "augment": getattr(augment, "__name__", str(augment)), "pictures": len(data),
+    about = {"dim": embedding_dim, "width": width, "side": data.images.shape[-1], "tokens": len(tokenizer),
+             "lr": lr, "batch_size": batch_size, "epochs": epochs, "weights": str(weights),
+             "precision": precision, "weight_decay": weight_decay, "chunk": chunk, "accumulate": accumulate,
+             "texts": texts, "mirror": mirror, "augment": getattr(augment, "__name__", str(augment)),
+             "pictures": len(data),
              "sha256": hashlib.sha256((data.digest() + validation.digest()).encode()).hexdigest()}
     done = train(network, objective, batches, epochs, _optimizer(network, lr, weight_decay), clip=1.0,
                  rate=learning_rate("cosine", n_steps, min(100, n_steps // 10)), evaluate=evaluate,
                  best_by="val_recall", larger_is_better=True, patience=patience, precision=precision,
-                 accumulate=accumulate, seed=seed, checkpoint=checkpoint or own, resume=resume, about=about,
+                 accumulate=accumulate, seed=seed, checkpoint=checkpoint or last, resume=resume, about=about,
                  log=log, progress="ranking" if progress else None)
     tokenizer.save(output_path / "tokenizer.json")
     write_network(output_path, KIND, network, **about, seed=seed, history=done.history,
@@ -253,7 +256,7 @@ def train_ranking(
     figure = plot_ranking(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    if own: own.unlink(missing_ok=True)
+    last.unlink(missing_ok=True)
     return done.history
 
 def plot_ranking(

@@ -6,7 +6,7 @@
 __all__ = ['Encoder', 'open_encoder']
 
 # %% ../../nbs/ranking/04_encoders.ipynb #8831d4e6
-import hashlib
+import hashlib, json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,11 +72,18 @@ class Encoder:
             for at in tqdm(range(0, len(images), self.batch_size), "pictures", disable=not progress):
                 read = [*pool.map(self._read, images[at:at + self.batch_size])]
                 errors |= {at + i: why for i, (_, why) in enumerate(read) if why}
-                if good := [(at + i, tensor) for i, (tensor, why) in enumerate(read) if not why]:
-                    rows, tensors = zip(*good)
-                    with torch.inference_mode(): found = self.images(torch.stack(tensors))
-                    vectors[list(rows)] = _unit(found)
+                good = {at + i: tensor for i, (tensor, why) in enumerate(read) if not why}
+                vectors[[*good]] = self.encode_prepared([*good.values()])
         return vectors, errors
+
+    def encode_prepared(
+        self,
+        prepared,        # list of what `prepare` made of pictures
+    ) -> np.ndarray:     # (n, dim) float32 unit vectors
+        "Vectors of one batch of pictures that are decoded and prepared."
+        if not prepared: return np.empty((0, self.dim), np.float32)
+        encode: Any = self.images
+        with torch.inference_mode(): return _unit(encode(torch.stack(prepared)))
 
     def _read(self, image):
         pixels, error = read_pixels(image, self.max_pixels)
@@ -98,7 +105,7 @@ def _dual(name, where, device):
         raise ModelFormatError(f"{where}: tokenizer.json is not the one that the model was trained with.")
     network = fill(DualEncoder(n_tokens, dim, width), tensors, where).to(device)
     as_tokens = lambda texts: torch.from_numpy(tokenizer.encode(texts)).to(device)
-    return Encoder(name, dim, _fingerprint(about["sha256"], said), lambda pixels: square(pixels, side),
+    return Encoder(name, dim, _fingerprint(about["sha256"], said, side), lambda pixels: square(pixels, side),
                    lambda images: network.encode_images(images.to(device)),
                    lambda texts: network.encode_texts(as_tokens(texts)), device)
 
@@ -125,7 +132,8 @@ def _open_clip(name, where, device):
                                "architecture, or a network connection.") from None
     network.eval()
     dim = network.encode_text(split(["a"]).to(device)).shape[1]
-    return Encoder(name, dim, _fingerprint("open_clip", arch, digest_of(network.state_dict())),
+    seen = json.dumps(open_clip.get_model_preprocess_cfg(network), sort_keys=True, default=str)
+    return Encoder(name, dim, _fingerprint("open_clip", arch, seen, digest_of(network.state_dict())),
                    lambda pixels: prepare(Image.fromarray(pixels)),
                    lambda images: network.encode_image(images.to(device)),
                    lambda texts: network.encode_text(split(texts).to(device)), device)
@@ -145,7 +153,9 @@ def _sentence_transformers(name, where, device):
                                "network connection.") from None
     encode = lambda texts: network.encode(texts, show_progress_bar=False, convert_to_tensor=True)
     dim = encode(["a"]).shape[1]
-    return Encoder(name, dim, _fingerprint("sentence-transformers", digest_of(network.state_dict())),
+    parts: list = [(type(part).__name__, getattr(part, "get_config_dict", dict)()) for part in network]
+    steps = json.dumps([parts, network.get_max_seq_length()], sort_keys=True, default=str)
+    return Encoder(name, dim, _fingerprint("sentence-transformers", steps, digest_of(network.state_dict())),
                    None, None, encode, device)
 
 # %% ../../nbs/ranking/04_encoders.ipynb #7b6acd03

@@ -8,6 +8,7 @@ __all__ = ['Retrieval', 'retrieval', 'plot_retrieval']
 # %% ../../nbs/ranking/06_evaluation.ipynb #29b27792
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,15 +69,16 @@ def plot_retrieval(
     rng = np.random.default_rng(seed)
     asked = np.sort(rng.choice(len(found.captions), min(n, len(found.captions)), replace=False))
     top_k = min(top_k, len(found.records))
-    figure, axes = plt.subplots(len(asked), top_k, figsize=(1.35 * top_k, 1.6 * len(asked)), squeeze=False,
-                                layout="constrained")
-    for row, text in zip(axes, asked):
+    figure = plt.figure(figsize=(1.35 * top_k, 1.65 * len(asked)), layout="constrained")
+    parts: Any = figure.subfigures(len(asked), 1, squeeze=False)
+    for part, text in zip(parts[:, 0], asked):
         scores = found.images @ found.texts[text]
-        for ax, i in zip(row, np.argsort(-scores, kind="stable")[:top_k]):
+        nearest = np.argsort(-scores, kind="stable")[:top_k]
+        for ax, i in zip(part.subplots(1, top_k, squeeze=False)[0], nearest):
             ax.imshow(read_image(found.records[i]["image"]["bytes"]))
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f"{scores[i]:.2f}", fontsize=7)
             right = i == found.image_of_text[text]
             ax.spines[:].set(color="tab:green" if right else "lightgrey", linewidth=3 if right else 1)
-        row[0].set_title(found.captions[text], fontsize=8, loc="left")
+        part.suptitle(found.captions[text], fontsize=8, x=0.01, ha="left")
     return figure

@@ -6,7 +6,8 @@
 __all__ = ['KIND', 'Hit', 'ImageDatabase', 'DatabaseWriter']
 
 # %% ../../nbs/serving/01_database.ipynb #b0035711
-import json, re
+import json, re, secrets, time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,18 @@ class Hit:
     score: float     # cosine
     path: str | None  # where its file is, if that is known
 
+@dataclass
+class _Segment:
+    "What was added at one time."
+    vectors: np.ndarray  # (n, D), mapped
+    ids: np.ndarray      # (n,)
+    paths: np.ndarray    # (n,)
+    file: pa.Buffer      # its Parquet
+
+def _mapped(path):
+    "The bytes of a file, mapped: they stay when another process removes the file."
+    return pa.memory_map(str(path)).read_buffer()
+
 def _stamp_of(folder):
     "What changes whenever a manifest is written."
     try: found = (Path(folder) / "manifest.json").stat()
@@ -42,27 +55,41 @@ class ImageDatabase:
     def __init__(
         self,
         folder,    # one that `create` made
-        had=None,  # an earlier `ImageDatabase` of this folder, whose segments need not be read again
+        had=None,  # an earlier `ImageDatabase` of this folder, of which is kept what has not changed
     ):
-        self.folder, known = Path(folder), had._segments if had else {}
+        self.folder = Path(folder)
         about = self._manifest()
+        if had is not None and had.about["token"] != about["token"]: had = None  # another one, made anew
         while True:
-            names, dim = [name for name, _ in about["segments"]], about["dim"]
-            try: found = [known.get(name) or self._read(name, n, dim) for name, n in about["segments"]]
+            try: self._open(about, had)
             except FileNotFoundError as e:  # somebody may have written all anew since
                 if (now := self._manifest()) == about:
-                    raise ModelFormatError(f"{e.filename} is missing: build the database again.") from None
+                    raise ModelFormatError(f"{e.filename or e} is gone: build the database again.") from None
                 about = now
             else: break
-        self.about, self._segments, self.parts = about, dict(zip(names, found)), [one[0] for one in found]
-        joined = lambda i: np.concatenate([np.empty(0, object), *(one[i] for one in found)])
-        self.ids, self.paths = joined(1), joined(2)  # (rows,), also of what was removed
-        self.starts = np.cumsum([0, *(n for _, n in about["segments"])])
-        removed = about["removed"]
-        gone = [start + row for name, start in zip(names, self.starts) for row in removed.get(name, ())]
-        self.alive = np.ones(len(self.ids), bool)    # (rows,) not removed
-        self.alive[gone] = False
+        segments = [*self._segments.values()]
+        self.parts = [segment.vectors for segment in segments]
+        joined = lambda each: np.concatenate([np.empty(0, object), *each])
+        self.ids = joined(segment.ids for segment in segments)      # (rows,), also of what was removed
+        self.paths = joined(segment.paths for segment in segments)  # (rows,)
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+        self.alive = np.ones(len(self.ids), bool)                   # (rows,) not removed
+        for name, start in zip(self._segments, self.starts):
+            self.alive[start + np.array(self.about["removed"].get(name, ()), int)] = False
         self._row_of = {self.ids[i]: i for i in np.flatnonzero(self.alive).tolist()}
+
+    def _open(self, about, had):
+        "Map all files that the manifest names, or keep those that are open."
+        known, files = (had._segments, had._files) if had else ({}, {})
+        names = {"ids": f"ids-{about['ids']}.parquet"} if about["ids"] else {}
+        if about["index"]: names["index"] = about["index"]["file"]
+        self._segments = {name: known.get(name) or self._read(name, n, about["dim"])
+                          for name, n in about["segments"]}
+        self._files = {name: files.get(name) or _mapped(self.folder / name) for name in names.values()}
+        self.about, self._names = about, names
+        for key, made in (("ids", "_table"), ("index", "index")):
+            if had and made in vars(had) and had._names.get(key) == names.get(key):
+                vars(self)[made] = vars(had)[made]
 
     @classmethod
     def create(
@@ -72,12 +99,16 @@ class ImageDatabase:
     ) -> "ImageDatabase":
         "A new database without pictures."
         folder = Path(folder)
-        if folder.exists() and any(p for p in folder.iterdir() if p.name != ".lock"):
-            raise ConfigError(f"{folder} is there already: open it to add pictures, or name another folder.")
+        def check():
+            if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+                raise ConfigError(f"{folder} is there already: open it to add pictures, or name another.")
+        check()
         with alone_in(folder):
-            about = {"type": KIND, "encoder": encoder.fingerprint, "dim": encoder.dim}
-            write_json(folder / "manifest.json", about | {"segments": [], "removed": {}, "ids": 0, "next": 1,
-                                                        "index": None})
+            check()
+            write_json(folder / "manifest.json", {
+                "type": KIND, "encoder": encoder.fingerprint, "dim": encoder.dim,
+                "token": secrets.token_hex(8), "segments": [], "removed": {}, "ids": 0, "index": None,
+                "next": 1})
         return cls(folder)
 
     def latest(self) -> "ImageDatabase":
@@ -101,16 +132,20 @@ class ImageDatabase:
         return about
 
     def _read(self, name, n, dim):
-        "Vectors, mapped, ids and paths of a segment."
-        path = self.folder / f"{name}.npy"
-        try: found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as e:
-            raise ModelFormatError(f"{path} can't be read ({e}): build the database again.") from None
-        if found.shape != (n, dim) or found.dtype != np.float32:
-            raise ModelFormatError(f"{path} is {found.dtype} {found.shape}, expected float32 ({n}, {dim}): "
-                                   "build the database again.")
-        table = pq.read_table(self.folder / f"{name}.parquet", columns=["id", "path"])
-        return found, *(np.array(column.to_pylist(), object) for column in table.columns)
+        "A segment; FileNotFoundError if it is gone."
+        path, table = self.folder / f"{name}.npy", self.folder / f"{name}.parquet"
+        try:
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            texts = pq.read_table(pa.BufferReader(file := _mapped(table)), columns=["id", "path"])
+        except FileNotFoundError: raise
+        except (ValueError, EOFError, OSError) as e:
+            raise ModelFormatError(f"{path} or its Parquet can't be read ({e}): build the database "
+                                   "again.") from None
+        if vectors.shape != (n, dim) or vectors.dtype != np.float32 or len(texts) != n:
+            raise ModelFormatError(f"{path} is {vectors.dtype} {vectors.shape}, expected float32 "
+                                   f"({n}, {dim}): build the database again.")
+        ids, paths = (np.array(column.to_pylist(), object) for column in texts.columns)
+        return _Segment(vectors, ids, paths, file)
 
     def _place(self, id):
         "Segment of a picture, and its row there."
@@ -132,16 +167,24 @@ class ImageDatabase:
     ) -> bytes | None:
         "A small JPEG of a picture, if there is one."
         at, row = self._place(id)
-        with pq.ParquetFile(self.folder / f"{self.about['segments'][at][0]}.parquet") as file:
-            group, row = divmod(row, _GROUP)
-            return file.read_row_group(group, columns=["thumbnail"])["thumbnail"][row].as_py()
+        with pq.ParquetFile(pa.BufferReader([*self._segments.values()][at].file)) as file:
+            groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+            starts = np.cumsum([0, *groups])
+            group = int(np.searchsorted(starts, row, "right")) - 1
+            column = file.read_row_group(group, columns=["thumbnail"])["thumbnail"]
+            return column[row - int(starts[group])].as_py()
+
+    @cached_property
+    def _table(self):
+        "Codes of all semantic IDs, and the row of each id."
+        table = pq.read_table(pa.BufferReader(self._files[self._names["ids"]]))
+        return codes_of(table), {name: i for i, name in enumerate(table["id"].to_pylist())}
 
     @cached_property
     def codes(self) -> np.ndarray:
         "(rows, L) int32 codes of semantic IDs, -1 for pictures that have none; L is 0 where nobody has."
         if not self.about["ids"]: return np.empty((len(self.ids), 0), np.int32)
-        table = read_ids(self.folder / f"ids-{self.about['ids']}.parquet")
-        codes, row_of = codes_of(table), {name: i for i, name in enumerate(table["id"].to_pylist())}
+        codes, row_of = self._table
         rows = np.array([row_of.get(name, -1) for name in self.ids], int)
         return np.where(rows[:, None] < 0, -1, codes[rows]).astype(np.int32)
 
@@ -161,7 +204,7 @@ class ImageDatabase:
         "The approximate index; DataError if none was built."
         if not (about := self.about["index"]):
             raise DataError(f"{self.folder} has no approximate index: build it with `semid database index`.")
-        return ApproximateIndex.read(self.folder / about["file"], about)
+        return ApproximateIndex.read(self._files[about["file"]], about)
 
     def search(
         self,
@@ -212,18 +255,39 @@ class ImageDatabase:
 
 # %% ../../nbs/serving/01_database.ipynb #225fd330
 _GONE = 0.25  # share of removed rows from which on everything is written anew
-
+_MOST = 32    # segments from which on those at the end become one
 _GROUP = 256  # rows that are read together for a thumbnail
+
+def _schema(dim):
+    return pa.schema([("id", pa.string()), ("feature", pa.list_(pa.float32(), dim)), ("path", pa.string()),
+                      ("thumbnail", pa.binary())])
 
 def _write_segment(folder, name, ids, vectors, paths, thumbnails):
     "The two files of a segment."
-    n, dim = vectors.shape
-    feature = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
-    table = pa.table({"id": pa.array(ids, pa.string()), "feature": feature,
-                      "path": pa.array(paths, pa.string()), "thumbnail": pa.array(thumbnails, pa.binary())})
+    feature = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = pa.table([pa.array(ids, pa.string()), feature, pa.array(paths, pa.string()),
+                      pa.array(thumbnails, pa.binary())], _schema(vectors.shape[1]))
     with atomic_path(folder / f"{name}.parquet") as tmp: pq.write_table(table, tmp, row_group_size=_GROUP)
     with atomic_path(folder / f"{name}.npy") as tmp, open(tmp, "wb") as file:
         np.lib.format.write_array(file, vectors, allow_pickle=False)
+
+def _write_joined(folder, name, segments, kept, dim):
+    "The same from rows of other segments, a row group at a time."
+    with atomic_path(folder / f"{name}.npy") as tmp:
+        joined, at = np.lib.format.open_memmap(tmp, "w+", np.float32, (sum(map(len, kept)), dim)), 0
+        for segment, rows in zip(segments, kept):
+            for some in np.split(rows, range(65_536, len(rows), 65_536)):
+                joined[at:at + len(some)] = segment.vectors[some]
+                at += len(some)
+        joined.flush()
+    with (atomic_path(folder / f"{name}.parquet") as tmp,
+          pq.ParquetWriter(tmp, _schema(dim)) as writer):
+        for segment, rows in zip(segments, kept):
+            first = 0
+            for batch in pq.ParquetFile(pa.BufferReader(segment.file)).iter_batches(_GROUP):
+                some = rows[(rows >= first) & (rows < first + len(batch))] - first
+                if len(some): writer.write_table(pa.Table.from_batches([batch]).take(pa.array(some)))
+                first += len(batch)
 
 def _checked(ids, vectors, paths, thumbnails, dim):
     "Ids, float32 unit vectors, paths and thumbnails that fit each other."
@@ -240,7 +304,25 @@ def _checked(ids, vectors, paths, thumbnails, dim):
 
 class DatabaseWriter:
     "Changes of a database, one process at a time; each is there as a whole or not at all."
-    def __init__(self, folder): self.folder = Path(folder)
+    def __init__(
+        self,
+        folder,
+        wait=60.0,  # seconds in which another process may end its change
+    ):
+        self.folder, self.wait = Path(folder), wait
+
+    @contextmanager
+    def _alone(self):
+        "Nobody else writes meanwhile."
+        end = time.monotonic() + self.wait
+        with ExitStack() as stack:
+            while True:
+                try: stack.enter_context(alone_in(self.folder))
+                except ConfigError:
+                    if time.monotonic() > end: raise
+                    time.sleep(0.02)
+                else: break
+            yield
 
     def add(
         self,
@@ -250,7 +332,7 @@ class DatabaseWriter:
         thumbnails=None,  # (n,) small JPEGs, to show
     ):
         "Add pictures."
-        with alone_in(self.folder):
+        with self._alone():
             database = ImageDatabase(self.folder)
             ids, *rest = _checked(ids, vectors, paths, thumbnails, database.about["dim"])
             if not ids: return
@@ -262,7 +344,7 @@ class DatabaseWriter:
         ids,  # of pictures that are there
     ):
         "Remove pictures."
-        with alone_in(self.folder):
+        with self._alone():
             database, ids = ImageDatabase(self.folder), [*map(str, ids)]
             if odd := [i for i in ids if i not in database]:
                 raise DataError(f"There is no picture {odd[0]!r} in the database.")
@@ -276,7 +358,7 @@ class DatabaseWriter:
         table = read_ids(path)
         if not len(table): raise DataError(f"{path} holds no IDs.")
         codes_of(table)  # of one length
-        with alone_in(self.folder):
+        with self._alone():
             database = ImageDatabase(self.folder)
             about = database.about | {"ids": database.about["ids"] + 1}
             with atomic_path(self.folder / f"ids-{about['ids']}.parquet") as tmp: pq.write_table(table, tmp)
@@ -285,43 +367,48 @@ class DatabaseWriter:
 
     def build_index(
         self,
-        links=32,      # of each picture to its neighbours
-        effort=64,     # pictures that a search keeps in mind
+        m=32,          # links of each picture
+        ef_search=64,  # pictures that a search keeps in mind
         queries=None,  # (q, D) unit vectors to measure recall with; 500 of the pictures by default
     ) -> float:        # recall@10 against the exact search
-        "Build the index of an approximate search, anew if there is one."
-        with alone_in(self.folder):
+        "Build the index of an approximate search (HNSW), anew if there is one."
+        with self._alone():
             database = ImageDatabase(self.folder)
             if not len(database): raise DataError(f"{self.folder} has no pictures to index.")
-            about = self._write_anew(database.about) if database.about["removed"] else database.about
-            parts = ImageDatabase(self.folder).parts
-            index = ApproximateIndex.build(np.concatenate(parts), links, effort, queries)
+            about = self._joined(database.about) if database.about["removed"] else database.about
+            vectors = np.concatenate(ImageDatabase(self.folder).parts)
+            index = ApproximateIndex.build(vectors, m, ef_search, queries)
             file = f"index-{about['next']:06d}.faiss"
             index.save(self.folder / file)
             self._finish(about | {"index": index.about | {"file": file}, "next": about["next"] + 1})
         return index.about["recall@10"]
 
     def _finish(self, about):
-        "Write the manifest, and anew what is mostly gone; then clear what no manifest names."
+        "Write the manifest; join what is mostly gone or in many pieces; clear what no manifest names."
         write_json(self.folder / "manifest.json", about)
-        gone, n = sum(map(len, about["removed"].values())), sum(n for _, n in about["segments"])
-        if gone > _GONE * n: about = self._write_anew(about)
+        rows = [n for _, n in about["segments"]]
+        indexed = int(np.searchsorted(np.cumsum(rows), about["index"]["rows"])) + 1 if about["index"] else 1
+        if sum(map(len, about["removed"].values())) > _GONE * sum(rows): about = self._joined(about)
+        elif len(rows) - indexed > _MOST: about = self._joined(about, indexed)
         named = {name for name, _ in about["segments"]} | {f"ids-{about['ids']}"}
         if about["index"]: named.add(Path(about["index"]["file"]).stem)
-        for pattern in ("[0-9]*.*", "ids-*.parquet", "index-*.faiss"):
-            for file in self.folder.glob(pattern):
-                if file.stem not in named: file.unlink()
+        for file in self.folder.iterdir():
+            ours = re.fullmatch(r"\d{6,}\.(npy|parquet)|ids-\d+\.parquet|index-\d{6,}\.faiss", file.name)
+            if ours and file.stem not in named: file.unlink()
 
-    def _write_anew(self, about):
-        "Everything that is left as one segment."
-        database, files = ImageDatabase(self.folder), [f"{name}.parquet" for name, _ in about["segments"]]
-        keep, about = np.flatnonzero(database.alive), about | {"segments": [], "removed": {}, "index": None}
-        if len(keep):
-            read = (pq.read_table(self.folder / file, columns=["thumbnail"]) for file in files)
-            small = pa.concat_tables(read)["thumbnail"].take(keep).combine_chunks()
-            vectors = np.concatenate(database.parts)[keep]
-            about = _with_segment(self.folder, about, database.ids[keep], vectors, database.paths[keep],
-                                  small)
+    def _joined(self, about, first=0):
+        "The manifest, once the segments from number `first` on are one, without what was removed of them."
+        database, dim = ImageDatabase(self.folder), about["dim"]
+        names = [name for name, _ in about["segments"]][first:]
+        kept = [np.flatnonzero(database.alive[a:b])
+                for a, b in list(zip(database.starts, database.starts[1:]))[first:]]
+        removed = {name: rows for name, rows in about["removed"].items() if name not in names}
+        about = about | {"segments": about["segments"][:first], "removed": removed}
+        if first == 0: about["index"] = None  # it counts rows
+        if n := sum(map(len, kept)):
+            name = f"{about['next']:06d}"
+            _write_joined(self.folder, name, [database._segments[old] for old in names], kept, dim)
+            about |= {"segments": [*about["segments"], [name, n]], "next": about["next"] + 1}
         write_json(self.folder / "manifest.json", about)
         return about
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['best_of', 'nearest_rows', 'ApproximateIndex']
 
-# %% ../../nbs/serving/00_nearest.ipynb #df1592f5
-from pathlib import Path
+# %% ../../nbs/serving/00_nearest.ipynb #02304b87
+import hashlib
 
 import numpy as np
 
@@ -37,19 +37,20 @@ def nearest_rows(
     for part in parts:
         for at in range(0, len(part), block):
             some = part[at:at + block]
-            scores = queries @ some.T
-            count = None if allowed is None else allowed[first + at:first + at + len(some)]
+            numbers = np.arange(len(some))
+            if allowed is not None: numbers = np.flatnonzero(allowed[first + at:first + at + len(some)])
+            if 4 * len(numbers) < len(some): scores = queries @ some[numbers].T
+            else: scores = (queries @ some.T)[:, numbers]
             for i, row in enumerate(scores):
-                if count is not None: row = np.where(count, row, -np.inf)
                 best = best_of(row, top_k)
-                best = best[row[best] > -np.inf]
-                rows[i], found[i] = np.r_[rows[i], best + first + at], np.r_[found[i], row[best]]
+                rows[i] = np.r_[rows[i], numbers[best] + first + at]
+                found[i] = np.r_[found[i], row[best]]
                 keep = best_of(found[i], top_k)
                 rows[i], found[i] = rows[i][keep], found[i][keep]
         first += len(part)
     return rows, found
 
-# %% ../../nbs/serving/00_nearest.ipynb #02c24047
+# %% ../../nbs/serving/00_nearest.ipynb #7836b8fb
 def _faiss():
     try: import faiss
     except ImportError:
@@ -61,7 +62,7 @@ class ApproximateIndex:
     def __init__(
         self,
         inner,   # faiss's index
-        about,   # rows, links, effort, recall@10, and the sha256 of its file once it is written
+        about,   # rows, m, ef_search, recall@10, and the sha256 of its file once it is written
     ):
         self.inner, self.about = inner, about
 
@@ -73,21 +74,21 @@ class ApproximateIndex:
     def build(
         cls,
         vectors,     # (n, D) float32 unit vectors
-        links=32,    # of each row to its neighbours; more cost memory, and find more
-        effort=64,   # rows that a search keeps in mind; more cost time, and find more
+        m=32,          # links of each row; more cost memory, and find more
+        ef_search=64,  # rows that a search keeps in mind; more cost time, and find more
         queries=None,  # (q, D) unit vectors that recall is measured with; 500 of the rows by default
         seed=0,
     ):
         "Link all rows, and measure what a search misses."
         faiss = _faiss()
         if len(vectors) < 2: raise DataError("An index needs at least two pictures.")
-        if not (2 <= links <= 512 and 1 <= effort <= 100_000):
-            raise ConfigError(f"links must be 2 to 512 and effort 1 to 100,000, not {links} and {effort}.")
+        if not (2 <= m <= 512 and 1 <= ef_search <= 100_000):
+            raise ConfigError(f"m must be 2 to 512 and ef_search 1 to 100,000, not {m} and {ef_search}.")
         vectors = np.ascontiguousarray(vectors, np.float32)
-        inner = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-        inner.hnsw.efConstruction, inner.hnsw.efSearch = max(2 * links, 80), effort
+        inner = faiss.IndexHNSWFlat(vectors.shape[1], m, faiss.METRIC_INNER_PRODUCT)
+        inner.hnsw.efConstruction = max(2 * m, 80)
         inner.add(vectors)
-        found = cls(inner, {"rows": len(vectors), "links": links, "effort": effort})
+        found = cls(inner, {"rows": len(vectors), "m": m, "ef_search": ef_search})
         found.about["recall@10"] = found._recall(vectors, queries, seed)
         return found
 
@@ -111,12 +112,13 @@ class ApproximateIndex:
     ):                  # for each query: row numbers and their scores, float32, as `nearest_rows` gives them
         "Rows with large products with each query, the largest first."
         faiss = _faiss()
-        settings = {"efSearch": max(self.about["effort"], top_k)}
+        top_k = min(top_k, len(self))
+        settings = {"efSearch": max(self.about["ef_search"], top_k)}
         if allowed is not None:
             bits = np.packbits(np.asarray(allowed, bool), bitorder="little")
             settings["sel"] = faiss.IDSelectorBitmap(len(allowed), faiss.swig_ptr(bits))
         queries = np.ascontiguousarray(np.atleast_2d(queries), np.float32)
-        scores, rows = self.inner.search(queries, min(top_k, len(self)),
+        scores, rows = self.inner.search(queries, top_k,
                                          params=faiss.SearchParametersHNSW(**settings))
         return [row[row >= 0] for row in rows], [s[row >= 0] for s, row in zip(scores, rows)]
 
@@ -132,11 +134,11 @@ class ApproximateIndex:
     @classmethod
     def read(
         cls,
-        path,
+        data,   # bytes of its file, or a buffer of them
         about,  # as it was when it was saved
     ):
         "A graph from its file; ModelFormatError if that is another one."
         faiss = _faiss()
-        if not Path(path).is_file() or file_sha256(path) != about["sha256"]:
-            raise ModelFormatError(f"{path} is not the index that was built: build it again.")
-        return cls(faiss.read_index(str(path)), dict(about))
+        if hashlib.sha256(data).hexdigest() != about["sha256"]:
+            raise ModelFormatError("The file of the index is not the one that was built: build it again.")
+        return cls(faiss.deserialize_index(np.frombuffer(data, np.uint8)), dict(about))

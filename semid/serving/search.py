@@ -80,6 +80,7 @@ class Predictor:
         "Encode pictures into the database; those that are there already are passed over."
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         found = pictures_at(paths)
+        if not self.encoder.prepare: raise ConfigError(f"{self.encoder.name} reads texts only, no pictures.")
         if not (self.folder / "manifest.json").exists(): ImageDatabase.create(self.folder, self.encoder)
         errors: dict[str, str] = {}
         lines = self._encoded(self._new(tqdm(found, "pictures", disable=not progress), errors), errors)
@@ -98,15 +99,19 @@ class Predictor:
 
     def _encoded(self, pictures, errors):
         "Name, file, thumbnail and vector of the pictures that can be decoded."
-        read = lambda picture: read_pixels(picture[1], self.encoder.max_pixels)
+        prepare: Any = self.encoder.prepare
+        def read(picture) -> tuple[Any, bytes | None, str | None]:  # and what is large is gone again
+            pixels, why = read_pixels(picture[1], self.encoder.max_pixels)
+            if pixels is None: return None, None, why
+            return prepare(pixels), _thumbnail(pixels), None
         with ThreadPoolExecutor(default_threads()) as pool:
             while some := list(islice(pictures, self.encoder.batch_size)):
                 decoded = [*zip(some, pool.map(read, some))]
-                errors.update({name: why for (name, _), (_, why) in decoded if why})
-                good = [(name, data, pixels) for (name, data), (pixels, why) in decoded if not why]
-                vectors = self.encoder.encode_images([pixels for *_, pixels in good])[0]
-                for (name, data, pixels), vector in zip(good, vectors):
-                    yield name, data if isinstance(data, Path) else None, _thumbnail(pixels), vector
+                errors.update({name: why for (name, _), (*_, why) in decoded if why})
+                good = [(*picture, *made) for picture, made in decoded if not made[2]]
+                vectors = self.encoder.encode_prepared([prepared for _, _, prepared, *_ in good])
+                for (name, data, _, thumbnail, _), vector in zip(good, vectors):
+                    yield name, data if isinstance(data, Path) else None, thumbnail, vector
 
     def search_database(
         self,
@@ -115,7 +120,7 @@ class Predictor:
         prefix=(),  # codes: only pictures whose semantic IDs start so
     ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
         "The pictures that fit a text best."
-        return self._hits(self.encoder.encode_texts(query), top_k, prefix)
+        return self.nearest(self.encoder.encode_texts(query), top_k, prefix)
 
     def search_by_image(
         self,
@@ -126,12 +131,19 @@ class Predictor:
         "The pictures that look most like one."
         vectors, errors = self.encoder.encode_images([image])
         if errors: raise DataError(f"The picture can't be searched with: {errors[0]}.")
-        return self._hits(vectors, top_k, prefix)
+        return self.nearest(vectors, top_k, prefix)
 
-    def _hits(self, vectors, top_k, prefix):
-        database = self.database
+    def nearest(
+        self,
+        vector,        # (1, D) unit vector
+        top_k=10,
+        prefix=(),
+        database=None,  # as it is on disk now, by default
+    ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
+        "The pictures nearest to a point of the space."
+        database = self.database if database is None else database
         allowed = database.starting_with(prefix) if len(prefix) else None
-        return [_line(hit) for hit in database.search(vectors, top_k, allowed, self.approximate)[0]]
+        return [_line(hit) for hit in database.search(vector, top_k, allowed, self.approximate)[0]]
 
 def create_predictor(
     model_path=None,   # a model's folder, or another encoder's name; where models are made, by default

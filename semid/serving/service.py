@@ -6,25 +6,28 @@
 __all__ = ['MOST', 'Prefix', 'Question', 'Picture', 'Answer', 'Step', 'Item', 'Branch', 'create_app']
 
 # %% ../../nbs/serving/03_service.ipynb #3e0512e9
-import asyncio, time
+import asyncio, logging, time
 from collections.abc import Callable
 from importlib.resources import files
-from threading import Lock
 from typing import Annotated, Any
 
 import numpy as np
+from anyio import CapacityLimiter, fail_after
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, Field, StringConstraints
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from ..config import SemidError
+from ..config import DataError, SemidError
+from ..images import read_pixels
 from .search import Predictor
 
 # %% ../../nbs/serving/03_service.ipynb #253bcb44
+_log = logging.getLogger("semid")
+
 MOST = 200  # largest top_k
 Prefix = Annotated[str, StringConstraints(max_length=200, pattern=r"^(\d{1,9}(-\d{1,9})*)?$")]  # 12-5
 
@@ -43,7 +46,7 @@ class Picture(BaseModel):
 
 class Answer(BaseModel):
     results: list[Picture]
-    milliseconds: float = Field(description="encoding and search")
+    milliseconds: float = Field(description="encoding and search, without waiting")
 
 class Step(BaseModel):
     "A prefix of semantic IDs."
@@ -61,32 +64,35 @@ class Branch(BaseModel):
     prefix: str
     pictures: int
     children: list[Step]
-    items: list[str] = Field(description="ids, at most so many as `most`")
+    items: list[str] = Field(description="ids, at most `limit`")
 
 # %% ../../nbs/serving/03_service.ipynb #ea48b1e4
 class _Limited:
-    "ASGI middleware: refuse bodies over a limit, also those that don't say how long they are."
-    def __init__(self, app, most): self.app, self.most = app, most
+    "ASGI middleware: bodies have a length and a time in which they must be here, said or not."
+    def __init__(self, app, most, seconds): self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
         said = dict(scope["headers"]).get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > self.most: return await self._refuse(scope, receive, send)
+        larger = f"The body is larger than {self.most:,} bytes: send less."
+        refuse = lambda status, why: JSONResponse({"detail": why}, status, {"connection": "close"})(
+            scope, receive, send)
+        if not said.isdigit() or int(said) > self.most: return await refuse(413, larger)
         read, body = 0, []
-        while True:
-            message = await receive()
-            if message["type"] != "http.request": return None  # the client is gone
-            body.append(message.get("body", b""))
-            read += len(body[-1])
-            if read > self.most: return await self._refuse(scope, receive, send)
-            if not message.get("more_body"): break
+        try:
+            async with asyncio.timeout(self.seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request": return None  # the client is gone
+                    body.append(message.get("body", b""))
+                    read += len(body[-1])
+                    if read > self.most: return await refuse(413, larger)
+                    if not message.get("more_body"): break
+        except TimeoutError:
+            return await refuse(408, f"The body was not here in {self.seconds:g} seconds: send it faster.")
         waiting = [{"type": "http.request", "body": b"".join(body), "more_body": False}]
         async def again(): return waiting.pop() if waiting else await receive()
         return await self.app(scope, again, send)
-
-    async def _refuse(self, scope, receive, send):
-        why = f"The body is larger than {self.most:,} bytes: send less."
-        await JSONResponse({"detail": why}, 413, {"connection": "close"})(scope, receive, send)
 
 def _sentence(error):
     "What is wrong with a request, in one sentence."
@@ -96,21 +102,28 @@ def _sentence(error):
 
 # %% ../../nbs/serving/03_service.ipynb #d55a33e7
 class _Numbers:
-    "What `/metrics` tells."
-    def __init__(self):
-        self.registry = CollectorRegistry()
-        own: dict[str, Any] = dict(registry=self.registry)
-        self.requests = Counter("semid_requests", "Requests by route and status.", ["route", "status"], **own)
-        self.seconds = Histogram("semid_request_seconds", "How long they took.", ["route"], **own)
-        self.pictures = Gauge("semid_pictures", "Pictures in the database.", **own)
+    "ASGI middleware that counts, for `/metrics`: every request, also those that fail or whose client leaves."
+    def __init__(self, app, registry):
+        self.app = app
+        labels = ["route", "status"]
+        self.requests = Counter("semid_requests", "Requests by route and status.", labels, registry=registry)
+        self.seconds = Histogram("semid_request_seconds", "How long they took.", ["route"], registry=registry)
 
-    async def count(self, request: Request, proceed: Callable):
-        start = time.perf_counter()
-        response = await proceed(request)
-        route = getattr(request.scope.get("route"), "path", "none")
-        self.requests.labels(route, response.status_code).inc()
-        self.seconds.labels(route).observe(time.perf_counter() - start)
-        return response
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http": return await self.app(scope, receive, send)
+        start, status = time.perf_counter(), 499  # the client left
+        async def noted(message):
+            nonlocal status
+            if message["type"] == "http.response.start": status = message["status"]
+            await send(message)
+        try: await self.app(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.requests.labels(route, status).inc()
+            self.seconds.labels(route).observe(time.perf_counter() - start)
 
 # %% ../../nbs/serving/03_service.ipynb #1f451b40
 def _codes(database, row): return [int(code) for code in database.codes[row] if code >= 0]
@@ -123,26 +136,40 @@ def _step(database, codes, rows):
     "A prefix, how many share it, and some of them."
     return Step(prefix=_text(codes), pictures=len(rows), examples=[*database.ids[rows[:6]]])
 
-def _branch(database, codes, most):
+def _branch(database, codes, limit):
     "What is below a prefix."
     rows = np.flatnonzero(database.starting_with(codes))
-    is_last, items = len(codes) == database.codes.shape[1], [*database.ids[rows[:most]]]
+    is_last, items = len(codes) == database.codes.shape[1], [*database.ids[rows[:limit]]]
     below = np.full(len(rows), -1) if is_last else database.codes[rows, len(codes)]
     children = [_step(database, [*codes, int(code)], rows[below == code])
                 for code in np.unique(below[below >= 0])]
     return Branch(prefix=_text(codes), pictures=len(rows), children=children, items=items)
 
+_PICTURE = {"requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string",
+                                                                                   "format": "binary"}}}}}
+
 def create_app(
-    predictor: Predictor,     # with a database
+    predictor: Predictor,      # with a database
     *,
-    max_body=10 * 2**20,      # bytes of a request; pictures have to be smaller
-    timeout=10.0,             # seconds after which an answer is given up
+    max_body=10 * 2**20,       # bytes of a request; pictures have to be smaller
+    max_pixels=16_000_000,     # of a picture that is searched with
+    timeout=10.0,              # seconds after which an answer is given up
+    upload_timeout=30.0,       # seconds in which a body has to be here
 ) -> FastAPI:
     "The service of a database."
-    app, numbers, lock = FastAPI(title="semid", description=__doc__ or ""), _Numbers(), Lock()
-    app.add_middleware(_Limited, most=max_body)
-    app.middleware("http")(numbers.count)
+    app, registry = FastAPI(title="semid", description=__doc__ or ""), CollectorRegistry()
+    pictures = Gauge("semid_pictures", "Pictures in the database.", registry=registry)
+    app.add_middleware(_Limited, most=max_body, seconds=upload_timeout)
+    app.add_middleware(_Numbers, registry=registry)
     predictor.database  # noqa: B018  (what is wrong with it shall be said at the start)
+    # one search at a time is the fastest for a network on a CPU; whoever waits too long leaves the queue
+    searching, decoding = CapacityLimiter(1), CapacityLimiter(2)
+
+    def opened():
+        try: return predictor.database
+        except (SemidError, OSError) as e:
+            _log.error("The database can't be read: %s", e)
+            raise HTTPException(503, "The database can't be read now: the service's log says why.") from None
 
     @app.exception_handler(SemidError)
     def refused(request, error): return JSONResponse({"detail": str(error)}, 400)
@@ -153,67 +180,85 @@ def create_app(
     @app.exception_handler(TimeoutError)
     def late(request, error): return JSONResponse({"detail": "The service is busy: try again later."}, 503)
 
-    def ask(search: Callable, what, top_k, prefix=()):
-        "Search by one thread at a time, which is the fastest for a network on a CPU."
+    async def within(run: Callable, *given, limiter=None):
+        with fail_after(timeout): return await run_sync(run, *given, limiter=limiter)
+
+    def ask(encode: Callable, what, top_k, prefix):
         start = time.perf_counter()
-        with lock: found = search(what, top_k, prefix)
-        database = predictor.database
+        database = opened()
+        found = predictor.nearest(encode(what), top_k, _as_codes(prefix), database)
         results = [Picture(rank=line["rank"], id=line["id"], score=line["score"],
-                           codes=_codes(database, database._row_of[line["id"]])) for line in found
-                   if line["id"] in database]
+                           codes=_codes(database, database._row_of[line["id"]])) for line in found]
         return Answer(results=results, milliseconds=(time.perf_counter() - start) * 1e3)
 
-    async def within(run: Callable, *given):
-        return await asyncio.wait_for(run_in_threadpool(run, *given), timeout)
+    def decoded(body):
+        pixels, why = read_pixels(body, max_pixels)
+        if why: raise DataError(f"The picture can't be searched with: {why}.")
+        return pixels
 
     @app.post("/search")
     async def search(question: Question) -> Answer:
         "Pictures that fit a text."
-        codes = _as_codes(question.prefix)
-        return await within(ask, predictor.search_database, question.query, question.top_k, codes)
+        return await within(ask, predictor.encoder.encode_texts, question.query, question.top_k,
+                            question.prefix, limiter=searching)
 
-    @app.post("/search/image")
-    async def search_image(request: Request, top_k: Annotated[int, Query(ge=1, le=MOST)] = 10) -> Answer:
+    @app.post("/search/image", openapi_extra=_PICTURE)
+    async def search_image(request: Request, top_k: Annotated[int, Query(ge=1, le=MOST)] = 10,
+                           prefix: Annotated[Prefix, Query()] = "") -> Answer:
         "Pictures that look like the one in the body."
-        return await within(ask, predictor.search_by_image, await request.body(), top_k)
+        pixels = await within(decoded, await request.body(), limiter=decoding)
+        encode = lambda pixels: predictor.encoder.encode_images([pixels])[0]
+        return await within(ask, encode, pixels, top_k, prefix, limiter=searching)
 
-    @app.get("/items/{id:path}")
-    def item(id: str) -> Item:
-        "A picture's semantic ID, level by level."
-        database = predictor.database
+    def item_of(id):
+        database = opened()
         if id not in database: raise HTTPException(404, f"There is no picture {id[:200]!r}.")
         codes = _codes(database, database._row_of[id])
         prefixes = [codes[:level] for level in range(1, len(codes) + 1)]
         path = [_step(database, some, np.flatnonzero(database.starting_with(some))) for some in prefixes]
         return Item(id=id, codes=codes, path=path)
 
-    @app.get("/ids/{prefix:path}")
-    def ids(prefix: Prefix, most: Annotated[int, Query(ge=1, le=MOST)] = 60) -> Branch:
-        "What is below a prefix of the semantic IDs; all of them without one."
-        found = _branch(predictor.database, _as_codes(prefix), most)
+    @app.get("/items/{id:path}")
+    async def item(id: str) -> Item:
+        "A picture's semantic ID, level by level."
+        return await within(item_of, id)
+
+    def branch_of(prefix, limit):
+        found = _branch(opened(), _as_codes(prefix), limit)
         if not found.pictures: raise HTTPException(404, f"No semantic ID starts with {prefix[:200]!r}.")
         return found
 
-    @app.get("/pictures/{id:path}", response_class=Response)
-    def picture(id: str) -> Response:
-        "A small JPEG."
-        database = predictor.database
+    @app.get("/ids/{prefix:path}")
+    async def ids(prefix: Prefix, limit: Annotated[int, Query(ge=1, le=MOST)] = 60) -> Branch:
+        "What is below a prefix of the semantic IDs; all of them without one."
+        return await within(branch_of, prefix, limit)
+
+    def thumbnail_of(id):
+        database = opened()
         data = database.thumbnail(id) if id in database else None
         if data is None: raise HTTPException(404, f"There is no picture {id[:200]!r}.")
         return Response(data, media_type="image/jpeg", headers={"cache-control": "max-age=3600"})
 
-    @app.get("/health")
-    def health() -> dict[str, Any]:
-        "How many pictures there are, and in which model's space."
-        database = predictor.database
+    @app.get("/pictures/{id:path}", response_class=Response)
+    async def picture(id: str) -> Response:
+        "A small JPEG."
+        return await within(thumbnail_of, id)
+
+    def health_of():
+        database = opened()
         return {"status": "ok", "pictures": len(database), "levels": database.codes.shape[1],
                 "encoder": database.about["encoder"]}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        "How many pictures there are, and in which model's space."
+        return await within(health_of)
 
     @app.get("/metrics", response_class=Response)
     def metrics() -> Response:
         "Numbers for Prometheus."
-        numbers.pictures.set(len(predictor.database))
-        return Response(generate_latest(numbers.registry), media_type="text/plain; version=0.0.4")
+        pictures.set(len(opened()))
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str: return files("semid.serving").joinpath("page.html").read_text("utf-8")
