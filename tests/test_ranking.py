@@ -2,6 +2,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_a_killed_training_ends_as_a_whole_one(project):
                                     check=False).stderr
     semid(*words, "--resume", "killed/last", cwd=project)
     weights = [(project / name / "model.safetensors").read_bytes() for name in ("killed", "model")]
-    assert weights[0] == weights[1]
+    assert weights[0] == weights[1] and not last.exists()
     assert "no checkpoint" in semid(*words, "--resume", "killed/first", cwd=project, check=False).stderr
 
 
@@ -95,6 +97,10 @@ def test_the_commands_evaluate_and_embed(project):
     captions = read_features(project / "vectors" / "captions")[0]
     assert len(ids) == 200 and len(captions) == 1000 and vectors.shape[1] == 256
     assert len([*(project / "vectors" / "images").iterdir()]) == 3
+    table = pa.table({"id": ["a", "b"], "title": ["a heart", "two rings"]})
+    pq.write_table(table, project / "titles.parquet")
+    semid(*"embed titles.parquet -o titles --encoder model --text-column title -q".split(), cwd=project)
+    assert read_features(project / "titles")[1].shape == (2, 256)
     wrong = semid("embed", "scenes", "-o", "vectors", "--encoder", "scenes", "-q", cwd=project, check=False)
     assert wrong.returncode == 1 and "no DualEncoder" in wrong.stderr
 

@@ -67,7 +67,7 @@ def test_the_commands_search(project):
     assert len(codes) == 6 and {*codes.values()} == {(3, 4)}
     assert "Give either" in semid("search", cwd=project, check=False).stderr
     assert "semid database index" in semid("search", "a", "--approximate", cwd=project, check=False).stderr
-    assert "nearest" in semid("database", "index", "--effort", 200, cwd=project).stdout
+    assert "nearest" in semid("database", "index", "--ef-search", 200, cwd=project).stdout
     exact, nearly = (semid("search", "a heart", *how, cwd=project).stdout for how in ((), ("--approximate",)))
     assert exact == nearly
     assert "no database" in semid("search", "a", "--database", "none", cwd=project, check=False).stderr
@@ -75,22 +75,36 @@ def test_the_commands_search(project):
 
 def test_many_clients_at_once(url):
     "32 clients: each is answered, and all with the same pictures."
+    async def client(http):
+        return [await http.post("/search", json={"query": "a red heart", "top_k": 5}) for _ in range(8)]
     async def ask_all():
-        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-            asked = (client.post("/search", json={"query": "a red heart", "top_k": 5}) for _ in range(32 * 8))
-            return await asyncio.gather(*asked)
-    answers = asyncio.run(ask_all())
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            return await asyncio.gather(*(client(http) for _ in range(32)))
+    answers = [answer for some in asyncio.run(ask_all()) for answer in some]
+    assert len(answers) == 256
     assert {answer.status_code for answer in answers} == {200}
     assert len({tuple(line["id"] for line in answer.json()["results"]) for answer in answers}) == 1
 
 
 def test_bodies_without_a_length_have_a_limit_too(url):
-    def endless():
-        for _ in range(400): yield b"a" * 2**16
-    try: status = httpx.post(f"{url}/search", content=endless(), timeout=60).status_code
-    except httpx.WriteError: status = 413  # it hung up before all was sent
-    assert status == 413
+    host, _, port = url.removeprefix("http://").partition(":")
+    head = b"POST /search HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(head)
+        for _ in range(161): client.sendall(b"10000\r\n" + b"a" * 2**16 + b"\r\n")  # 10 MiB, and a bit
+        assert client.recv(100).startswith(b"HTTP/1.1 413")
     assert httpx.get(f"{url}/health").status_code == 200
+    assert 'status="413"' in httpx.get(f"{url}/metrics").text
+
+
+def test_clients_that_leave_are_counted(url):
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(b"POST /search HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+    deadline = time.monotonic() + 60
+    while 'status="499"' not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_changes_are_seen_while_it_runs(project, url):
@@ -132,6 +146,7 @@ def test_a_killed_writer_leaves_a_whole_database(project, tmp_path):
 def test_the_page_by_keyboard(url, scheme):
     "Search, open a picture, walk to a prefix, close: without a mouse and without an error."
     from playwright.sync_api import sync_playwright
+    a_picture = httpx.get(f"{url}/pictures/{httpx.get(f'{url}/ids/').json()['items'][0]}").content
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page, errors = browser.new_page(color_scheme=scheme), []
@@ -156,6 +171,15 @@ def test_the_page_by_keyboard(url, scheme):
         page.wait_for_selector(f"#said:has-text('40 pictures start with {wanted}')")
         page.keyboard.press("Escape")
         page.wait_for_selector("#panel", state="detached")
+        page.locator("#tree button").first.press("Enter")  # one level up, and down again
+        page.wait_for_selector("#said:has-text('200 pictures start with anything')")
+        page.locator("#tree button", has_text="3 ").press("Enter")
+        page.wait_for_selector("#said:has-text('40 pictures start with 3')")
+        assert page.locator("#tree button").count() == 8  # up, and seven codes below
+        page.set_input_files("#file", {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": a_picture})
+        page.wait_for_selector("#said:has-text('30 pictures in')")
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 26)"
         browser.close()
     assert not errors and dark == (scheme == "dark")
