@@ -21,7 +21,7 @@ app.add_typer(ranking, name="ranking")
 
 CollectionPath = Annotated[Path, typer.Option("--collection", help="Folder of a collection.")]
 Encoder = Annotated[str, typer.Option(
-    help="A model's folder, open_clip:ARCH:WEIGHTS or sentence-transformers:NAME.")]
+    help="A model's folder, open_clip:ARCH:WEIGHTS, onnx:FOLDER or sentence-transformers:NAME.")]
 
 @ranking.command("train")
 def train_command(
