@@ -59,7 +59,6 @@ class ImageDatabase:
     ):
         self.folder = Path(folder)
         about = self._manifest()
-        if had is not None and had.about["token"] != about["token"]: had = None  # another one, made anew
         while True:
             try: self._open(about, had)
             except FileNotFoundError as e:  # somebody may have written all anew since
@@ -80,6 +79,7 @@ class ImageDatabase:
 
     def _open(self, about, had):
         "Map all files that the manifest names, or keep those that are open."
+        if had is not None and had.about["token"] != about["token"]: had = None  # it was made anew
         known, files = (had._segments, had._files) if had else ({}, {})
         names = {"ids": f"ids-{about['ids']}.parquet"} if about["ids"] else {}
         if about["index"]: names["index"] = about["index"]["file"]
@@ -125,6 +125,9 @@ class ImageDatabase:
             raise ModelFormatError(f"{self.folder}: its manifest is damaged ({e}).") from None
         if not isinstance(about, dict) or about.get("type") != KIND:
             raise ModelFormatError(f"{self.folder} is no database of pictures.")
+        if missing := {"token", "encoder", "dim", "segments", "removed", "ids", "index", "next"} - {*about}:
+            raise ModelFormatError(f"{self.folder}: its manifest has no {min(missing)!r}: build the database "
+                                   "again.")
         names = [name for name, _ in about["segments"]]
         if about["index"]: names.append(re.sub(r"^index-|\.faiss$", "", about["index"]["file"]))
         if odd := [name for name in names if not re.fullmatch(r"\d{6,}", name)]:
