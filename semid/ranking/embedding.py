@@ -97,7 +97,7 @@ def embed_texts(
     progress=True,
 ) -> int:                # rows
     "Vectors of texts that have no pictures, such as titles of items; whole or not at all."
-    files, done = find_files(source), 0
+    files = find_files(source)
     for file in files:
         names = pq.read_schema(file).names
         if missing := {id_column, text_column} - {*names}:
@@ -115,8 +115,7 @@ def embed_texts(
                         raise DataError(f"{file}: {name} has no text in {text_column!r}: leave it out.")
                 writer.write(ids, encoder.encode_texts(texts))
                 bar.update(len(ids))
-                done += len(ids)
-    return done
+    return total
 
 def _counts(folder, kinds):
     "Rows of each kind."
