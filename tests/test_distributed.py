@@ -148,10 +148,10 @@ def test_the_options_of_a_uri_reach_the_store(tmp_path, monkeypatch, path, base,
 
 def test_only_local_files_are_hashed_and_beside_the_staging(data, tmp_path, monkeypatch):
     threads = []
-    def digest(path, known=shards._digest):
+    def digest(path, known=shards.file_sha256):
         threads.append(threading.current_thread())
         return known(path)
-    monkeypatch.setattr(shards, "_digest", digest)
+    monkeypatch.setattr(shards, "file_sha256", digest)
     far = stage_features(find_sources(f"file://{data}"), tmp_path / "far")
     assert threads == [] and {mark["sha256"] for mark in far.marks} == {""}
     near = stage_features(find_sources(data), tmp_path / "near")
