@@ -8,7 +8,7 @@ __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchErro
            'file_sha256', 'is_alive', 'atomic_path', 'alone_in', 'write_json', 'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
-import glob, hashlib, json, os, random, re, tempfile, warnings
+import glob, hashlib, json, os, random, re, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -178,20 +178,29 @@ def atomic_path(
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_config.ipynb #6bba9167
+def _locked(file, wait):
+    "Whether an open file is ours, now or after so many seconds."
+    try: import fcntl
+    except ImportError: return True
+    end = time.monotonic() + wait
+    while True:
+        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() >= end: return False
+            time.sleep(0.02)
+        else: return True
+
 @contextmanager
 def alone_in(
     folder,  # made where it is missing
+    wait=0,  # seconds to wait for whoever is at work there; math.inf: as long as it takes
 ):
     "Nobody else may work in this folder meanwhile; a process that is gone holds nothing."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass
-        except OSError:
-            raise ConfigError(f"Another run is at work in {folder}: wait, or use another one.") from None
+        if not _locked(file, wait):
+            raise ConfigError(f"Another run is at work in {folder}: wait, or use another one.")
         yield
 
 # %% ../nbs/00_config.ipynb #afe9044d

@@ -180,7 +180,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path, fitted):
             unfitted.fit(X, checkpoint=checkpoint, resume=True)
     with pytest.raises(ConfigError, match="resume needs a checkpoint"): unfitted.fit(X, resume=True)
     for place, resume, words in [(tmp_path, False, "is a folder"), (tmp_path, True, "is a folder"),
-                                 (checkpoint, False, "use resume=True, or another file"),
+                                 (checkpoint, False, "resume from it, or name another"),
                                  (checkpoint / "c", False, "is a file")]:
         def never(values, epoch): raise AssertionError("it trains")
         with pytest.raises(ConfigError, match=words):

@@ -6,8 +6,7 @@
 __all__ = ['KIND', 'Hit', 'ImageDatabase', 'DatabaseWriter']
 
 # %% ../../nbs/serving/01_database.ipynb #b0035711
-import json, re, secrets, time
-from contextlib import ExitStack, contextmanager
+import json, re, secrets
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -314,18 +313,7 @@ class DatabaseWriter:
     ):
         self.folder, self.wait = Path(folder), wait
 
-    @contextmanager
-    def _alone(self):
-        "Nobody else writes meanwhile."
-        end = time.monotonic() + self.wait
-        with ExitStack() as stack:
-            while True:
-                try: stack.enter_context(alone_in(self.folder))
-                except ConfigError:
-                    if time.monotonic() > end: raise
-                    time.sleep(0.02)
-                else: break
-            yield
+    def _alone(self): return alone_in(self.folder, self.wait)
 
     def add(
         self,
