@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ConfigError, ModelFormatError, SemidError, atomic_path, file_sha256, write_json
+from ..config import ConfigError, SemidError, atomic_path, file_sha256, write_json
 from ..networks import stated_kind
-from ..ranking.encoders import ONNX, Encoder, checked_file, onnx_session, open_encoder, run_onnx
+from ..ranking.encoders import ONNX, Encoder, onnx_session, open_encoder, run_onnx
 from ..scenes import captions, random_scene, render
 
 # %% ../../nbs/models/00_onnx.ipynb #9157efcf
@@ -29,7 +29,7 @@ def write_onnx(
     output,    # what its output is called
     dynamic,   # how many of the first axes of the inputs are open: 1 is the batch, 2 the length too
 ):
-    "A torch module as one ONNX file that needs no other: the same bytes for the same module, wherever it lies."
+    "A torch module as one ONNX file that needs no other: the same bytes for the same module."
     import onnx, torch
     from torch.export import Dim
     shapes = tuple({axis: Dim.DYNAMIC for axis in range(dynamic)} for _ in examples)
@@ -80,8 +80,8 @@ def _compared(path, expect, inputs, most=math.inf, least=-1.0):
         gap, cosine = float(abs(ours - theirs).max()), float((ours * theirs).sum(1).min())
         found[f"batch of {n}"] = {"max_abs_diff": gap, "min_cosine": cosine}
         if not (gap <= most and cosine >= least):
-            raise SemidError(f"{path.name} is not kept: it differs by {gap:.2g} (cosine {cosine:.4f}) from what it "
-                             "was made of.")
+            raise SemidError(f"{path.name} is not kept: it differs by {gap:.2g} (cosine {cosine:.4f}) from "
+                             "what it was made of.")
     return found
 
 def _room(folder, name):
@@ -130,7 +130,7 @@ def export_encoder(
                  "parity": parity}
         return _keep(made, folder, name, about)
 
-# %% ../../nbs/models/00_onnx.ipynb #943d0416
+# %% ../../nbs/models/00_onnx.ipynb #eea1bb0a
 def _rounded(path, to):
     "A file with the weights of its matrix products in 8 bits, a scale for each column."
     import onnx
@@ -145,7 +145,7 @@ def quantize_encoder(
     where,       # FOLDER/NAME of an export, or its folder where it is alone
     least=0.99,  # cosine of its vectors with those of 32 bits, at least
 ) -> dict[str, Any]:  # what NAME-int8_encoder.json says
-    "A copy of an exported encoder that multiplies in 8 bits, as NAME-int8, kept only if it stays as near as that."
+    "A copy of an exported encoder that multiplies in 8 bits, as NAME-int8, kept only if it stays that near."
     encoder = open_encoder(f"onnx:{where}", "cpu")
     folder, name, was = encoder.exported
     parity, made = {}, {}

@@ -138,7 +138,8 @@ def _dual(name, where, device):
     if tokenizer.digest() != said:
         raise ModelFormatError(f"{where}: tokenizer.json is not the one that the model was trained with.")
     network = fill(DualEncoder(n_tokens, dim, width), tensors, where).to(device)
-    towers, reads = (Tower(network, "encode_images"), Tower(network, "encode_texts")), {"kind": "dual", "side": side}
+    towers = Tower(network, "encode_images"), Tower(network, "encode_texts")
+    reads = {"kind": "dual", "side": side}
     return _of_towers(name, dim, _fingerprint(about["sha256"], said, side), reads, _reading(reads, tokenizer),
                       towers, device, tokenizer)
 
