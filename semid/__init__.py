@@ -44,6 +44,10 @@ _HOME = {
     "semantic_ids.sweep": "sweep",
     "semantic_ids.out_of_core": "encode_parquet fit_parquet",
     "serving.database": "DatabaseWriter ImageDatabase",
+    "models.boundary": "BoundaryRegressor train_boundary",
+    "models.onnx": "export_encoder quantize_encoder",
+    "models.prepare": "download_models list_models verify_models",
+    "models.reranker": "Reranker export_reranker",
     "serving.search": "create_predictor",
     "serving.service": "create_app",
 }

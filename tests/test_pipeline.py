@@ -41,6 +41,7 @@ def copy(tmp_path_factory):
     settings["quality"] |= {"epochs": 2, "per_epoch": 256, "width": 4}
     settings["refine"]["least_score"] = 0.3
     settings["ranking"] |= {"epochs": 2, "side": 48}
+    settings["boundary"] |= {"n": 300, "epochs": 3}
     settings["sweep"] |= {"grid": GRID, "max_iter": 10}
     settings["ids"]["n_clusters"] = 32
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
@@ -79,6 +80,19 @@ def test_pictures_and_captions_are_vectors_of_one_space(copy):
         ids, X = read_features(copy / "data" / "embedded" / kind)
         assert X.shape == (embed[kind], embed["dim"]) and len(set(ids)) == embed[kind]
         assert np.allclose(np.linalg.norm(X, axis=1), 1, atol=1e-5)
+
+
+def test_exports_say_what_torch_says(copy):
+    found = json.loads((copy / "data" / "metrics" / "onnx.json").read_text())
+    gaps = [of["max_abs_diff"] for of in found["parity"]["dual"].values()]
+    assert max(gaps) <= 1e-4 and found["megabytes"]["dual-int8"] < found["megabytes"]["dual"]
+    names = {path.name for path in (copy / "data" / "onnx").glob("*.onnx")}
+    assert names == {f"dual{bits}_{kind}_encoder.onnx" for bits in ("", "-int8") for kind in ("image", "text")}
+
+
+def test_moments_are_moved(copy):
+    found = json.loads((copy / "data" / "metrics" / "boundary.json").read_text())
+    assert found["simulated"] and found["videos"] > 0 and 0 <= found["mae"] < 60 and found["stayed"] == 0
 
 
 def test_nothing_is_there_twice(copy):

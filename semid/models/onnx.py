@@ -95,7 +95,7 @@ def _room(folder, name):
 
 def _keep(made, folder, name, about):
     "Move what was made to where it shall be, the JSON last."
-    files = about["files"] = {}
+    about["name"], about["files"] = name, (files := {})
     for kind, path in made.items():
         files[kind] = {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size}
         with atomic_path(folder / path.name) as kept: shutil.copyfile(path, kept)

@@ -6,7 +6,7 @@
 __all__ = ['ONNX', 'Encoder', 'Tower', 'ShortTexts', 'onnx_session', 'run_onnx', 'checked_file', 'open_encoder']
 
 # %% ../../nbs/ranking/04_encoders.ipynb #8831d4e6
-import hashlib, json
+import hashlib, json, os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -224,11 +224,12 @@ def onnx_session(
     path,           # of an ONNX file
     device="cpu",   # "cuda" where onnxruntime has it
 ):                  # an onnxruntime.InferenceSession
-    "Load an ONNX file, from its bytes: what it may say of other files is refused."
+    "Load an ONNX file, from its bytes and from no folder: what it may say of other files is refused."
     import onnxruntime
     wanted = ["CUDAExecutionProvider"] * device.startswith("cuda") + ["CPUExecutionProvider"]
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 4, default_threads()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         return onnxruntime.InferenceSession(Path(path).read_bytes(), options, [
             p for p in wanted if p in onnxruntime.get_available_providers()])
