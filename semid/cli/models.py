@@ -100,7 +100,7 @@ def export(
             typer.echo(f"{kind}, {batch}: {', '.join(told)}")
     for each in names: typer.echo(f"onnx:{output / each}")
 
-# %% ../../nbs/cli/06_models.ipynb #f899ab97
+# %% ../../nbs/cli/06_models.ipynb #f04043e8
 Epochs = Annotated[int, typer.Option(help="At most.")]
 
 @models.command("train-boundary")
@@ -143,8 +143,12 @@ def sample_moments_command(
 def train_reranker_command(
     pairs: Annotated[Path, typer.Argument(help="Parquet: question, sentence, label (0 or 1).")],
     output: Annotated[Path, typer.Argument(help="Folder of the model.")],
-    epochs: Epochs = 4,
+    validation: Annotated[Path | None, typer.Option(help="Pairs to choose by.")] = None,
+    epochs: Epochs = 6,
     batch_size: Annotated[int, typer.Option(help="Pairs of a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 3e-4,
+    warm_up: Annotated[int, typer.Option(help="Pairs without labels that come first.")] = 60_000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was cut off.")] = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -152,7 +156,8 @@ def train_reranker_command(
     "Train a small cross-encoder from scratch, and export it: `semid models rerank --model-path OUTPUT/onnx`."
     from semid.models.reranker import export_reranker
     from semid.models.reranker_training import train_reranker
-    history = train_reranker(pairs, output, epochs=epochs, batch_size=batch_size, device=device, seed=seed,
+    history = train_reranker(pairs, output, validation=validation, epochs=epochs, batch_size=batch_size,
+                             lr=lr, warm_up=warm_up, resume=resume, device=device, seed=seed,
                              progress=not quiet)
     export_reranker(output, output / "onnx")
     typer.echo(f"{output}: {max(history['val_map']):.4f} MAP on questions it has not seen")

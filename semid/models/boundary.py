@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KIND', 'move_windows', 'held_out', 'train_boundary', 'plot_boundary', 'BoundaryRegressor']
 
-# %% ../../nbs/models/04_boundary.ipynb #1e2a0916
+# %% ../../nbs/models/04_boundary.ipynb #2eebbca7
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _measures(deltas, targets, windows):
     iou = float(temporal_iou(move_windows(windows, deltas)[0], true).mean())
     return found | {"iou": iou, "iou_gain": iou - float(temporal_iou(windows[:, :2], true).mean())}
 
-# %% ../../nbs/models/04_boundary.ipynb #6a5dc2bc
+# %% ../../nbs/models/04_boundary.ipynb #2c87c500
 def _standardise(network, x, deltas):
     "Put means and scales of what is learned from into the network."
     import torch
@@ -121,6 +122,16 @@ def _learns_overlap(loss, windows):
         raise ConfigError("Overlap needs windows: give start, end and duration with each sample.")
     return loss != "seconds" and windows is not None
 
+@contextmanager
+def _one_thread():
+    "torch on one thread: its products are so small here that others only wait, and long on a busy machine."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+@_one_thread()
 def train_boundary(
     data,                # a JSON file or a list of dicts, as `read_moments` takes them, or `Moments`
     output_path,         # folder of the model

@@ -233,7 +233,7 @@ def _regressor(models_dir, fetch, offline, say):
         note_regressor(models_dir, "trained here on 2,000 simulated moments")
     read_network(folder, REGRESSOR_KIND)
 
-# %% ../../nbs/models/06_prepare.ipynb #3baf0aa5
+# %% ../../nbs/models/06_prepare.ipynb #95a0c356
 def _hub_is_off():
     "Whether the user told the hub's client to stay offline."
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -260,8 +260,8 @@ def download_models(
     "Prepare every model; those that can be are, and SemidError then says which could not, and why."
     if odd := [name for name in clip if name not in CLIP]:
         raise ConfigError(f"There is no CLIP {odd[0]!r} to download: use {', '.join(CLIP)}.")
-    if odd := {*kinds} - {"clip", "reranker", "regressor"}:
-        raise ConfigError(f"{sorted(odd)[0]!r} is no kind of model: use clip, reranker or regressor.")
+    if odd := sorted({*kinds} - {"clip", "reranker", "regressor"}):
+        raise ConfigError(f"{odd[0]!r} is no kind of model: use clip, reranker or regressor.")
     offline = offline or (source == "hub" and _hub_is_off())
     found = None if offline else open_source(source)
     fetch = lambda model: _fetched(model, models_dir, found, offline, progress, say)
