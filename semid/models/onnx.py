@@ -20,7 +20,7 @@ from ..ranking.encoders import ONNX, Encoder, onnx_session, open_encoder, run_on
 from ..scenes import captions, random_scene, render
 
 # %% ../../nbs/models/00_onnx.ipynb #9157efcf
-OPSET = 18
+OPSET = 20  # the first that has GELU as one operation
 
 def write_onnx(
     module,    # torch module in eval mode
@@ -34,12 +34,40 @@ def write_onnx(
     from torch.export import Dim
     shapes = tuple({axis: Dim.DYNAMIC for axis in range(dynamic)} for _ in examples)
     noisy = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
-    with atomic_path(path) as tmp, warnings.catch_warnings(), _quiet(*noisy):
+    with atomic_path(path) as tmp, warnings.catch_warnings(), _quiet(*noisy), _Patches(module):
         warnings.simplefilter("ignore")  # of the exporter's own parts
         torch.onnx.export(module, tuple(examples.values()), str(tmp), input_names=[*examples],
                           output_names=[output], dynamic_shapes=shapes, opset_version=OPSET,
                           external_data=False, dynamo=True, verbose=False)
         onnx.save(_plain(onnx.load(tmp)), tmp)
+
+class _Patches:
+    "Convolutions whose patches don't overlap are matrix products, while a network is exported."
+    def __init__(self, network):
+        import torch
+        alone = lambda c: (c.stride == c.kernel_size and c.groups == 1 and c.dilation == (1, 1)
+                           and c.padding == (0, 0))
+        self.found = [(parent, name, child) for parent in network.modules()
+                      for name, child in parent.named_children()
+                      if type(child) is torch.nn.Conv2d and max(child.kernel_size) > 1 and alone(child)]
+
+    def __enter__(self):
+        import torch
+        class Product(torch.nn.Module):
+            def __init__(self, conv):
+                super().__init__()
+                self.size, self.bias = conv.kernel_size, conv.bias
+                self.register_buffer("weight", conv.weight.detach().flatten(1).t().contiguous())
+            def forward(self, x):
+                n, c, height, width = x.shape
+                a, b = self.size
+                x = x.reshape(n, c, height // a, a, width // b, b).permute(0, 2, 4, 1, 3, 5).flatten(3)
+                found = x @ self.weight if self.bias is None else x @ self.weight + self.bias
+                return found.permute(0, 3, 1, 2)
+        for parent, name, conv in self.found: setattr(parent, name, Product(conv))
+
+    def __exit__(self, *_):
+        for parent, name, conv in self.found: setattr(parent, name, conv)
 
 def _plain(model):
     "Without what the exporter notes of source files, and of where they are."
