@@ -104,7 +104,7 @@ def test_everything_is_prepared_and_said(prepared):
     assert not any(model["pretrained"] for model in about.values())
     assert "these are not the published weights" in said and "trained here" in said
     for name in "onnx/clip_ViT-B-32", "reranker":
-        assert about[name]["opset"] == 18 and about[name]["revision"] and about[name]["licence"]
+        assert about[name]["opset"] >= 18 and about[name]["revision"] and about[name]["licence"]
         gaps = [of["max_abs_diff"] for of in flat(about[name]["parity"])]
         assert len(gaps) >= 2 and max(gaps) <= 1e-4
         assert about[name]["latency_ms"]
