@@ -79,10 +79,12 @@ def small_cross_encoder(
     import torch
     from sentence_transformers import CrossEncoder
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-    config = BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers,
-                        num_attention_heads=heads, intermediate_size=2 * width, num_labels=1,
-                        max_position_embeddings=max_length, hidden_dropout_prob=dropout,
-                        attention_probs_dropout_prob=dropout, initializer_range=width ** -0.5)
+    sizes: dict[str, Any] = dict(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=2 * width, num_labels=1,
+        max_position_embeddings=max_length,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=width ** -0.5)
+    config = BertConfig(**sizes)
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     with tempfile.TemporaryDirectory() as tmp, torch.random.fork_rng([]), quiet_libraries():
