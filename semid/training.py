@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,7 @@ def checkpoint_in(
     *about,    # plain values: settings, and digests of the data
 ) -> Path:
     "A checkpoint named by what its training is of, the code too: another training has another file."
-    import semid
-    top = Path(semid.__file__).parent
+    top = Path(getfile(ConfigError)).parent
     code = [file.read_text() for part in (top, top / room) for file in sorted(part.glob("*.py"))]
     told = json.dumps([about, code], sort_keys=True)
     return Path(folder) / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"

@@ -30,7 +30,8 @@ from semid.models.moments import sample_moments
 from semid.models.prepare import download_models, note_regressor, read_manifest, verify_models
 from semid.models.reranker import Reranker
 from semid.models.reranker_training import small_cross_encoder, train_wordpiece
-from semid.ranking.encoders import onnx_session, open_encoder
+from semid.onnx_file import onnx_session
+from semid.ranking.encoders import open_encoder
 
 SILENT = {"progress": False, "say": lambda _: None}
 # open_clip's architecture of this name, as small as can be: all else is as it is with the large one

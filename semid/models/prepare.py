@@ -23,7 +23,8 @@ from .moments import sample_moments
 from .onnx import encoder_latency, export_encoder, quantize_encoder
 from .reranker import export_reranker
 from ..networks import read_network
-from ..ranking.encoders import onnx_session, open_encoder
+from ..onnx_file import onnx_session
+from ..ranking.encoders import open_encoder
 
 # %% ../../nbs/models/06_prepare.ipynb #73faf2c9
 MANIFEST = "model_manifest.json"

@@ -6,19 +6,21 @@
 __all__ = ['KIND', 'PAIRS', 'Ranked', 'new_order', 'Reranker', 'quiet_libraries', 'export_reranker']
 
 # %% ../../nbs/models/01_reranker.ipynb #a13c5c1a
-import copy, hashlib, json, logging, os, re, shutil, tempfile, threading, time, warnings
+import copy, hashlib, json, logging, re, shutil, tempfile, threading, warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import (ConfigError, DataError, ModelFormatError, SemidError, atomic_path, default_threads,
+from ..config import (ConfigError, DataError, ModelFormatError, SemidError, atomic_path,
                           file_sha256, write_json)
 from ..networks import digest_of, stated_kind
+from ..onnx_file import checked_file, onnx_session
 
 # %% ../../nbs/models/01_reranker.ipynb #07f79631
 @dataclass
@@ -52,52 +54,37 @@ def new_order(
 # %% ../../nbs/models/01_reranker.ipynb #0c95b388
 KIND = "ONNX reranker"
 
-def _checked(folder, name, said):
-    "The bytes of a file of an export, if their sha256 is what was said."
-    try: content = (folder / name).read_bytes() if Path(name).name == name else b""
-    except OSError: content = b""
-    if hashlib.sha256(content).hexdigest() != said:
-        raise ModelFormatError(f"{folder}: {name} is not the file that was exported: export it again.")
-    return content
-
 def _read(folder):
-    "What reranker.json says, the network's bytes, and the tokenizer's."
+    "What reranker.json says, and the files of the network and of the tokenizer."
     if folder.is_file():
         raise ModelFormatError(f"{folder} is a file, and pickles are never opened: a reranker is a folder "
                                "that export_reranker wrote.")
     try:
         about = json.loads((folder / "reranker.json").read_text())
         kind, longest, files = about["type"], int(about["max_length"]), about["files"]
-        named = [(files[part]["file"], files[part]["sha256"]) for part in ("model", "tokenizer")]
+        parts = [checked_file(folder, files[part]) for part in ("model", "tokenizer")]
+    except ModelFormatError: raise
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ModelFormatError(f"{folder} is no exported reranker ({e}): use export_reranker.") from None
     if kind != KIND: raise ModelFormatError(f"Invalid model type: {kind} in {folder}; expected {KIND}.")
-    return about, longest, *(_checked(folder, *each) for each in named)
+    return about, longest, *parts
 
 # %% ../../nbs/models/01_reranker.ipynb #7176e511
-def _session(content, device, folder):
-    "An onnxruntime session, which opens no other file."
+def _session(path, device):
+    "An onnxruntime session on a device, where onnxruntime has it."
     import onnxruntime
-    providers = {"cpu": [], "cuda": ["CUDAExecutionProvider"]}.get(str(device).partition(":")[0])
-    if providers is None: raise ConfigError(f"Unknown device {device!r}: use cpu or cuda.")
-    if missing := {*providers} - {*onnxruntime.get_available_providers()}:
-        warnings.warn(f"onnxruntime has no {missing.pop()} here: running on the CPU instead.", stacklevel=3)
-        providers = []
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = default_threads()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    try: return onnxruntime.InferenceSession(content, options, [*providers, "CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime has errors of its own
-        why = " ".join(str(e).split())[:300]
-        raise ModelFormatError(f"{folder}: its network can't be loaded ({why}): export it again.") from None
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda"): raise ConfigError(f"Unknown device {device!r}: use cpu or cuda.")
+    if kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        warnings.warn("onnxruntime has no CUDA here: running on the CPU instead.", stacklevel=3)
+    return onnx_session(path, kind)
 
-def _tokenizer(content, max_length, longest, folder):
+def _tokenizer(path, max_length, longest):
     "The tokenizer, which cuts pairs, and how batches are padded."
     from tokenizers import Tokenizer
-    try: found = Tokenizer.from_str(content.decode())
+    try: found = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers has errors of its own
-        raise ModelFormatError(f"{folder}: its tokenizer can't be read ({e}): export it again.") from None
+        raise ModelFormatError(f"{path}: the tokenizer can't be read ({e}): export it again.") from None
     least, cut, pad = found.num_special_tokens_to_add(True) + 2, found.truncation or {}, found.padding or {}
     if not isinstance(max_length, int) or not least <= max_length <= longest:
         raise ConfigError(f"max_length must be a whole number from {least} to {longest}, not {max_length!r}.")
@@ -126,8 +113,8 @@ class Reranker:
         self.path, self.batch_size, self.cache = Path(path), batch_size, cache
         self.about, longest, network, tokenizer = _read(self.path)
         self.max_length = longest if max_length is None else max_length
-        self._tokenizer, self._padding = _tokenizer(tokenizer, self.max_length, longest, self.path)
-        self._session = _session(network, device, self.path)
+        self._tokenizer, self._padding = _tokenizer(tokenizer, self.max_length, longest)
+        self._session = _session(network, device)
         self._names = [one.name for one in self._session.get_inputs()]
         if not {*self._names} <= {*_INPUTS}:
             raise ModelFormatError(f"{self.path}: its network wants {', '.join(self._names)}: export it "
@@ -214,17 +201,16 @@ PAIRS = [(question, text) for text in _ANSWERS for question in _QUESTIONS]
 @contextmanager
 def quiet_libraries():
     "Of what transformers and sentence-transformers say, errors alone; and no bars."
+    from semid.models.onnx import errors_only
     from transformers.utils import logging as of_transformers
     loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
-    before, bars = [one.level for one in loggers], of_transformers.is_progress_bar_enabled()
-    for one in loggers: one.setLevel(logging.ERROR)
+    bars = of_transformers.is_progress_bar_enabled()
     of_transformers.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with errors_only(*loggers), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for one, level in zip(loggers, before): one.setLevel(level)
         if bars: of_transformers.enable_progress_bar()
 
 def _cross_encoder(source):
@@ -286,17 +272,10 @@ def _compared(folder, network, tolerance):
                              f"{tolerance:g}: it is not kept.")
     return found
 
-def _latency(reranker, runs=20):
+def _latency(reranker):
     "Median milliseconds of a batch, by its size."
-    found = {}
-    for n in (1, 8):
-        times = []
-        for _ in range(runs + 1):  # the first does not count
-            start = time.perf_counter()
-            reranker._run(PAIRS[:n])
-            times.append((time.perf_counter() - start) * 1e3)
-        found[f"batch of {n}"] = float(np.median(times[1:]))
-    return found
+    from semid.models.onnx import latency
+    return latency({f"batch of {n}": partial(reranker._run, PAIRS[:n]) for n in (1, 8)})
 
 def export_reranker(
     source,          # folder of a sentence-transformers CrossEncoder (safetensors), or a CrossEncoder
@@ -328,10 +307,10 @@ def _about(network, name, made):
     "What is said of an export."
     files = {part: {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size}
              for part, path in made.items()}
-    from semid.models.onnx import OPSET as opset
+    from semid.models.onnx import OPSET
     activation = type(network.activation_fn).__name__
     seen = f"{digest_of(network.state_dict())} {files['tokenizer']['sha256']} {activation}"
     packages = "semid", "sentence-transformers", "transformers", "torch", "onnx", "onnxscript"
     return {"type": KIND, "source": name, "fingerprint": hashlib.sha256(seen.encode()).hexdigest(),
-            "max_length": network.max_seq_length, "activation": activation, "opset": opset, "files": files,
+            "max_length": network.max_seq_length, "activation": activation, "opset": OPSET, "files": files,
             "versions": {package: version(package) for package in packages}}
