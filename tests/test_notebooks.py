@@ -14,7 +14,7 @@ STAGES = sorted((ROOT / "experiments").glob("*.ipynb"))
 BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
 
 # in this order: each may import from itself and from those before it
-ROOMS = """config features sources images scenes picture_sources collection tracking training networks
+ROOMS = """config features sources images scenes picture_sources collection tracking sql training networks
     onnx_file ray_cluster backbone classifier quality ranking clustering semantic_ids serving models
     cli""".split()
 

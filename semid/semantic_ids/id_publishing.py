@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from ..config import ConfigError, DataError, SemidError, ShapeMismatchError
 from ..features import as_texts
 from .formatting import check_codes, codes_to_ids, ids_to_codes, level_letter
-from semid.semantic_ids.id_database import (
-    IDS, LONGEST_ITEM, PORTION, VERSIONS, Database, digit_widths, fetch, fetch_in, pack_codes, under,
-    unpack_codes)
+from .id_database import (
+    ID_TABLES, IDS, LONGEST_ITEM, VERSIONS, digit_widths, pack_codes, under, unpack_codes)
 from .relocation import ranks_by_key, relocate
+from ..sql import PORTION, Database, fetch, fetch_in
 
 # %% ../../nbs/semantic_ids/15_id_publishing.ipynb #b6fbda9c
 @dataclass(repr=False, eq=False)

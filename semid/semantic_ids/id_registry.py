@@ -19,12 +19,12 @@ from ..clustering.rows import as_matrix
 from ..config import ConfigError, DataError, ShapeMismatchError
 from .encoding import ids_table
 from .formatting import check_codes, check_format, check_separator, codes_to_ids
-from .id_database import (
-    IDS, VERSIONS, Database, digit_widths, fetch, fetch_in, under, unpack_codes)
+from .id_database import ID_TABLES, IDS, VERSIONS, digit_widths, under, unpack_codes
 from semid.semantic_ids.id_publishing import (
     Batch, Version, find, id_keys, id_prefix, is_none, item_names, progress_bar, publish, refuse_repeats,
     select_ids, spell)
 from .relocation import on_device
+from ..sql import Database, fetch, fetch_in
 
 # %% ../../nbs/semantic_ids/16_id_registry.ipynb #8926449a
 def _encode(version, X, rows, device, batch_size, progress):
@@ -199,7 +199,7 @@ class IdRegistry:
         url="ids.db",           # an SQLite file, or a SQLAlchemy URL; tables are made where they are missing
         timeout: float = 120.,  # seconds to wait for another writer, on SQLite
     ):
-        self.database = Database(url, timeout)
+        self.database = Database(url, ID_TABLES, timeout)
         self._models: dict[str, Any] = {}
 
     def __repr__(self): return f"IdRegistry({str(self.database)[9:-1]})"

@@ -21,8 +21,9 @@ import sqlalchemy as sa
 from ..config import DataError, atomic_path, write_json
 from .encoding import write_manifest
 from .formatting import level_letter, token_vocabulary
-from .id_database import IDS, fetch
+from .id_database import IDS
 from .id_registry import IdRegistry, IdVersion
+from ..sql import fetch
 
 # %% ../../nbs/semantic_ids/17_interchange.ipynb #c4df8b62
 def tokens_of(
