@@ -118,7 +118,7 @@ def _reading(reads, tokenizer=None):
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
     if reads["arch"] not in open_clip.list_models():  # else it may be of a repository, with code of its own
-        raise ModelFormatError(f"open_clip has no architecture {reads['arch']!r}: export it with this version.")
+        raise ModelFormatError(f"open_clip has no architecture {reads['arch']!r}: export it again, here.")
     prepare = image_transform_v2(PreprocessCfg(**reads["pictures"]), is_train=False)
     tokenize = open_clip.get_tokenizer(reads["arch"])
     cut = (lambda tokens: tokens[:, :tokens.argmax(1).max() + 1]) if reads["short"] else lambda tokens: tokens
@@ -254,7 +254,7 @@ def _onnx(name, where, device):
         own = read_tokenizer(checked_file(folder, files["tokenizer"])) if "tokenizer" in files else None
         prepare, tokenize = _reading(reads, own)
     except (AttributeError, KeyError, TypeError) as e:
-        raise ModelFormatError(f"{folder}: its JSON is not as it was written ({e}): export it again.") from None
+        raise ModelFormatError(f"{folder}: its JSON was changed ({e!r}): export it again.") from None
     return Encoder(name, dim, fingerprint, prepare, lambda pictures: run_onnx(image, pictures),
                    lambda some: run_onnx(text, tokenize(some)), device, reads=reads, tokenize=tokenize,
                    tokenizer=own, exported=(folder, part, about))
