@@ -44,12 +44,15 @@ _HOME = {
     "semantic_ids.sweep": "sweep",
     "semantic_ids.out_of_core": "encode_parquet fit_parquet",
     "serving.database": "DatabaseWriter ImageDatabase",
+    "serving.search": "create_predictor",
+    "serving.service": "create_app",
     "models.boundary": "BoundaryRegressor train_boundary",
     "models.onnx": "export_encoder quantize_encoder",
     "models.prepare": "download_models list_models verify_models",
     "models.reranker": "Reranker export_reranker",
-    "serving.search": "create_predictor",
-    "serving.service": "create_app",
+    "registry.entities": "Model ModelTrainClass NotFoundError ConflictError Undefined",
+    "registry.filters": "ClassAP ModelsFilter ModelsFilterOptions",
+    "registry.service": "ModelService SliceService",
 }
 _MODULE_OF = {name: f"semid.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]
