@@ -131,7 +131,7 @@ for _name, _column in ORDERS.items():
 sa.Index("registry_models_page", *_live, MODELS.c.key)
 def _not_sqlite(ddl, target, bind, dialect=None, **_) -> bool: return dialect.name != "sqlite"
 
-sa.Index("registry_models_flags", *_live, *_flags, MODELS.c.key).ddl_if(callable_=_not_sqlite)
+sa.Index("registry_models_flags", *_live, *_flags, MODELS.c.key).ddl_if(callable_=_not_sqlite)  # type: ignore[arg-type]
 sa.Index("registry_models_filters", *_live, *_flags, MODELS.c.key, MODELS.c.folded,
          MODELS.c.baseline_model).ddl_if(dialect="sqlite")
 sa.Index("registry_classes_ap", CLASSES.c.class_name, CLASSES.c.ap, CLASSES.c.model)
