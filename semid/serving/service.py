@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'Prefix', 'Question', 'Picture', 'Answer', 'Step', 'Item', 'Branch', 'create_app']
 
 # %% ../../nbs/serving/03_service.ipynb #3e0512e9
-import asyncio, logging, time
+import logging, time
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Annotated, Any
@@ -16,13 +16,14 @@ from anyio import CapacityLimiter, fail_after
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, Field, StringConstraints
 from starlette.exceptions import HTTPException
 
 from ..config import DataError, SemidError
 from ..images import read_pixels
+from .limits import Limited, refusal, sentence
 from .search import Predictor
 
 # %% ../../nbs/serving/03_service.ipynb #253bcb44
@@ -65,40 +66,6 @@ class Branch(BaseModel):
     pictures: int
     children: list[Step]
     items: list[str] = Field(description="ids, at most `limit`")
-
-# %% ../../nbs/serving/03_service.ipynb #ea48b1e4
-class _Limited:
-    "ASGI middleware: bodies have a length and a time in which they must be here, said or not."
-    def __init__(self, app, most, seconds): self.app, self.most, self.seconds = app, most, seconds
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http": return await self.app(scope, receive, send)
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        larger = f"The body is larger than {self.most:,} bytes: send less."
-        refuse = lambda status, why: JSONResponse({"detail": why}, status, {"connection": "close"})(
-            scope, receive, send)
-        if not said.isdigit() or int(said) > self.most: return await refuse(413, larger)
-        read, body = 0, []
-        try:
-            async with asyncio.timeout(self.seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request": return None  # the client is gone
-                    body.append(message.get("body", b""))
-                    read += len(body[-1])
-                    if read > self.most: return await refuse(413, larger)
-                    if not message.get("more_body"): break
-        except TimeoutError:
-            return await refuse(408, f"The body was not here in {self.seconds:g} seconds: send it faster.")
-        waiting = [{"type": "http.request", "body": b"".join(body), "more_body": False}]
-        async def again(): return waiting.pop() if waiting else await receive()
-        return await self.app(scope, again, send)
-
-def _sentence(error):
-    "What is wrong with a request, in one sentence."
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return f"{where or 'The body'}: {first['msg']}."
 
 # %% ../../nbs/serving/03_service.ipynb #d55a33e7
 class _Numbers:
@@ -159,7 +126,7 @@ def create_app(
     "The service of a database."
     app, registry = FastAPI(title="semid", description=__doc__ or ""), CollectorRegistry()
     pictures = Gauge("semid_pictures", "Pictures in the database.", registry=registry)
-    app.add_middleware(_Limited, most=max_body, seconds=upload_timeout)
+    app.add_middleware(Limited, most=max_body, seconds=upload_timeout)
     app.add_middleware(_Numbers, registry=registry)
     predictor.database  # noqa: B018  (what is wrong with it shall be said at the start)
     # one search at a time is the fastest for a network on a CPU; whoever waits too long leaves the queue
@@ -172,13 +139,13 @@ def create_app(
             raise HTTPException(503, "The database can't be read now: the service's log says why.") from None
 
     @app.exception_handler(SemidError)
-    def refused(request, error): return JSONResponse({"detail": str(error)}, 400)
+    def refused(request, error): return refusal(400, str(error))
 
     @app.exception_handler(RequestValidationError)
-    def invalid(request, error): return JSONResponse({"detail": _sentence(error)}, 422)
+    def invalid(request, error): return refusal(422, sentence(error))
 
     @app.exception_handler(TimeoutError)
-    def late(request, error): return JSONResponse({"detail": "The service is busy: try again later."}, 503)
+    def late(request, error): return refusal(503, "The service is busy: try again later.")
 
     async def within(run: Callable, *given, limiter=None):
         with fail_after(timeout): return await run_sync(run, *given, limiter=limiter)
