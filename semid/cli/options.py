@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'app', 'Sources', 'IdColumn', 'FeatureColumn', 'MaxBad', 'Quarantine', 'Device', 'Seed', 'Quiet', 'run',
-           'Metric', 'Format', 'open_sources', 'whole_numbers']
+           'Metric', 'Format', 'open_sources', 'whole_numbers', 'print_table']
 
 # %% ../../nbs/cli/00_options.ipynb #a0420762
 from enum import StrEnum
@@ -59,3 +59,13 @@ def whole_numbers(text, name, most=None) -> list[int]:
         raise ConfigError(f"{name} takes whole numbers with commas between, not {text!r}.") from None
     if most and len(found) > most: raise ConfigError(f"{name} takes {most} of them, not {text!r}.")
     return found
+
+def print_table(
+    rows,      # dicts of equal keys
+    empty="",  # what is said where there are none
+):
+    "Print rows in columns."
+    if not rows: return typer.echo(empty)
+    lines = [[*rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines: typer.echo("  ".join(text.ljust(n) for text, n in zip(line, widths)).rstrip())
