@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Time', 'Text', 'Name', 'Id', 'Json', 'Count', 'AP', 'Classes', 'Undefined', 'NotFoundError', 'ConflictError', 'said',
-           'utc_text', 'Entity', 'Dataset', 'Slice', 'ContentFile', 'ModelContent', 'ModelTrainClass', 'Model',
-           'average_ap', 'ModelPageInfo', 'Change', 'UndefinedType', 'defined', 'checked']
+           'utc_text', 'wire_name', 'Entity', 'Dataset', 'Slice', 'ContentFile', 'ModelContent', 'ModelTrainClass',
+           'Model', 'average_ap', 'ModelPageInfo', 'Change', 'UndefinedType', 'defined', 'checked']
 
 # %% ../../nbs/registry/00_entities.ipynb #e8000003
 import math
@@ -73,28 +73,36 @@ Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 AP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 # %% ../../nbs/registry/00_entities.ipynb #e8000013
+_WORDS = {"class_name": "class", "must_filter": "must", "not_filter": "not"}  # no names in Python, or long
+
+def wire_name(
+    field,   # name of a field
+) -> str:
+    "What a field is called on the wire."
+    return _WORDS.get(field) or to_camel(field)
+
 class Entity(BaseModel):
     "Fields in snake_case and, on the wire, in camelCase."
-    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True,
+    model_config = ConfigDict(alias_generator=wire_name, validate_by_name=True, validate_by_alias=True,
                               protected_namespaces=(), use_attribute_docstrings=True)
 
 class Dataset(Entity):
     "A dataset."
     id: Id = Field(description="What models and slices name it by.")
-    name: Name | None = Field(None, description="For people.")
-    description: Text | None = Field(None, description="What it holds.")
-    created_at: Time | None = Field(None, description="When it was made here, UTC.")
-    created_by: Text | None = Field(None, description="Who made it.")
+    name: Name | None = Field(default=None, description="For people.")
+    description: Text | None = Field(default=None, description="What it holds.")
+    created_at: Time | None = Field(default=None, description="When it was made here, UTC.")
+    created_by: Text | None = Field(default=None, description="Who made it.")
 
 class Slice(Entity):
     "A part of a dataset."
     id: Id = Field(description="What models name it by; unique in its dataset.")
     dataset_id: Id = Field(description="The dataset it is of.")
-    name: Name | None = Field(None, description="For people.")
-    description: Text | None = Field(None, description="How it was chosen.")
-    data_count: Count = Field(0, description="How many items it has.")
-    created_at: Time | None = Field(None, description="When it was made here, UTC.")
-    created_by: Text | None = Field(None, description="Who made it.")
+    name: Name | None = Field(default=None, description="For people.")
+    description: Text | None = Field(default=None, description="How it was chosen.")
+    data_count: Count = Field(default=0, description="How many items it has.")
+    created_at: Time | None = Field(default=None, description="When it was made here, UTC.")
+    created_by: Text | None = Field(default=None, description="Who made it.")
 
 class ContentFile(Entity):
     "A file of a content."
@@ -107,19 +115,19 @@ class ModelContent(Entity):
     id: Id = Field(description="What models name it by.")
     sha256: str = Field(description="Of all files: their names and digests.", pattern="^[0-9a-f]{64}$")
     files: list[ContentFile] = Field(description="What it consists of.")
-    run_id: Text | None = Field(None, description="The MLflow run whose artifact it is.")
-    created_at: Time | None = Field(None, description="When it was stored, UTC.")
-    created_by: Text | None = Field(None, description="Who stored it.")
+    run_id: Text | None = Field(default=None, description="The MLflow run whose artifact it is.")
+    created_at: Time | None = Field(default=None, description="When it was stored, UTC.")
+    created_by: Text | None = Field(default=None, description="Who stored it.")
 
 # %% ../../nbs/registry/00_entities.ipynb #e8000015
 class ModelTrainClass(Entity):
     "How well a model does for a class, and on how much."
     model_config = ConfigDict(extra="forbid")
-    class_name: Name = Field(alias="class", description="What is found: car.")
-    annotation_type: Name | None = Field(None, description="How it was annotated: box, polygon.")
-    ap: AP | None = Field(None, description="Average precision, 0 to 1.")
-    training_annotations_count: Count | None = Field(None, description="How many it was trained on.")
-    validation_annotations_count: Count | None = Field(None, description="How many it was judged by.")
+    class_name: Name = Field(description="What is found: car.")
+    annotation_type: Name | None = Field(default=None, description="How it was annotated: box, polygon.")
+    ap: AP | None = Field(default=None, description="Average precision, 0 to 1.")
+    training_annotations_count: Count | None = Field(default=None, description="How many it was trained on.")
+    validation_annotations_count: Count | None = Field(default=None, description="How many it was judged by.")
 
 def _distinct(classes):
     seen = Counter((one.class_name, one.annotation_type) for one in classes)
@@ -131,27 +139,27 @@ Classes = Annotated[list[ModelTrainClass], Field(max_length=2000), AfterValidato
 
 class Model(Entity):
     "A model: what it is, what it was trained on, how well it does."
-    id: Id | None = Field(None, description="Given by the registry.")
-    dataset_id: Id | None = Field(None, description="The dataset it is of.")
+    id: Id | None = Field(default=None, description="Given by the registry.")
+    dataset_id: Id | None = Field(default=None, description="The dataset it is of.")
     name: Name = Field(description="What people call it; need not be unique.")
     baseline_model: Name = Field(description="The architecture it started from: yolov8n.")
-    description: Text | None = Field(None, description="For people.", max_length=20_000)
-    training_slices: list[Slice] = Field([], description="What it was trained on.")
-    validation_slices: list[Slice] = Field([], description="What it was validated on.")
-    training_classes: Classes = Field([], description="How well it does, class by class.")
-    is_trained: bool = Field(False, description="Is its training complete?")
-    trained_at: Time | None = Field(None, description="When it was complete, UTC.")
-    is_pinned: bool = Field(False, description="Is it one to keep? Pinned models are deleted by force only.")
-    model_content: ModelContent | None = Field(None, description="Its weights.")
-    training_parameters: dict[str, Json] | None = Field(None, description="Settings of the training.")
-    meta: Json = Field(None, description="Anything else that is JSON.")
-    run_id: Text | None = Field(None, description="The MLflow run that made it.")
-    revision: int = Field(1, description="How often it was written; a changed one has a larger number.")
-    created_at: Time | None = Field(None, description="When it was registered, UTC.")
-    created_by: Text | None = Field(None, description="Who registered it.")
-    updated_at: Time | None = Field(None, description="When it was changed last, UTC.")
-    updated_by: Text | None = Field(None, description="Who changed it last.")
-    deleted_at: Time | None = Field(None, description="When it was deleted, UTC; it can be restored.")
+    description: Text | None = Field(default=None, description="For people.", max_length=20_000)
+    training_slices: list[Slice] = Field(default=[], description="What it was trained on.")
+    validation_slices: list[Slice] = Field(default=[], description="What it was validated on.")
+    training_classes: Classes = Field(default=[], description="How well it does, class by class.")
+    is_trained: bool = Field(default=False, description="Is its training complete?")
+    trained_at: Time | None = Field(default=None, description="When it was complete, UTC.")
+    is_pinned: bool = Field(default=False, description="Is it one to keep? It is deleted by force only.")
+    model_content: ModelContent | None = Field(default=None, description="Its weights.")
+    training_parameters: dict[str, Json] | None = Field(default=None, description="Settings of the training.")
+    meta: Json = Field(default=None, description="Anything else that is JSON.")
+    run_id: Text | None = Field(default=None, description="The MLflow run that made it.")
+    revision: int = Field(default=1, description="How often it was written, from 1.")
+    created_at: Time | None = Field(default=None, description="When it was registered, UTC.")
+    created_by: Text | None = Field(default=None, description="Who registered it.")
+    updated_at: Time | None = Field(default=None, description="When it was changed last, UTC.")
+    updated_by: Text | None = Field(default=None, description="Who changed it last.")
+    deleted_at: Time | None = Field(default=None, description="When it was deleted, UTC; it can be restored.")
 
     @computed_field(description="Items of its training slices.")  # type: ignore[prop-decorator]
     @property
@@ -175,7 +183,7 @@ def average_ap(
 class ModelPageInfo(Entity):
     "A page of models."
     models: list[Model] = Field(description="Those of this page.")
-    next: str | None = Field(None, description="The cursor of the next page; null after the last.")
+    next: str | None = Field(default=None, description="The cursor of the next page; null after the last.")
     total_count: int = Field(description="How many there are on all pages.")
 
 class Change(Entity):

@@ -21,42 +21,42 @@ from .tables import CLASSES, META, MODELS, ORDERS, leaves
 class ClassAP(Entity):
     "A range of a class's average precision; a class without one is in none."
     model_config = {"extra": "forbid"}
-    class_name: Name = Field(alias="class", description="Of which class.")
-    annotation_type: Name | None = Field(None, description="Of which annotations; any by default.")
-    least: AP = Field(0.0, description="At least.")
-    most: AP = Field(1.0, description="At most.")
+    class_name: Name = Field(description="Of which class.")
+    annotation_type: Name | None = Field(default=None, description="Of which annotations; any by default.")
+    least: AP = Field(default=0.0, description="At least.")
+    most: AP = Field(default=1.0, description="At most.")
 
 class ModelsFilterOptions(Entity):
     "Conditions that must all hold; what is not given is none."
     model_config = {"extra": "forbid"}
-    id_in: Annotated[list[Text], Field(max_length=1000)] | None = Field(None, description="One of these ids.")
-    name: Name | None = Field(None, description="This name.")
-    name_contains: Name | None = Field(None, description="A part of the name, in upper or lower case.")
-    baseline_model: Name | None = Field(None, description="This architecture.")
-    is_trained: bool | None = Field(None, description="Is its training complete?")
-    is_pinned: bool | None = Field(None, description="Is it pinned?")
-    created_after: Time | None = Field(None, description="Registered then or later.")
-    created_before: Time | None = Field(None, description="Registered earlier.")
-    updated_after: Time | None = Field(None, description="Changed then or later.")
-    updated_before: Time | None = Field(None, description="Changed last earlier.")
-    trained_after: Time | None = Field(None, description="Trained then or later.")
-    trained_before: Time | None = Field(None, description="Trained earlier.")
-    average_ap_least: AP | None = Field(None, description="Its average AP is at least this.")
-    average_ap_most: AP | None = Field(None, description="Its average AP is at most this.")
+    id_in: Annotated[list[Text], Field(max_length=1000)] | None = Field(default=None, description="One of these ids.")
+    name: Name | None = Field(default=None, description="This name.")
+    name_contains: Name | None = Field(default=None, description="A part of it, in either case.")
+    baseline_model: Name | None = Field(default=None, description="This architecture.")
+    is_trained: bool | None = Field(default=None, description="Is its training over?")
+    is_pinned: bool | None = Field(default=None, description="Is it pinned?")
+    created_after: Time | None = Field(default=None, description="Registered then or later.")
+    created_before: Time | None = Field(default=None, description="Registered earlier.")
+    updated_after: Time | None = Field(default=None, description="Changed then or later.")
+    updated_before: Time | None = Field(default=None, description="Changed last earlier.")
+    trained_after: Time | None = Field(default=None, description="Trained then or later.")
+    trained_before: Time | None = Field(default=None, description="Trained earlier.")
+    average_ap_least: AP | None = Field(default=None, description="Its average AP is at least this.")
+    average_ap_most: AP | None = Field(default=None, description="Its average AP is at most this.")
     class_ap: Annotated[list[ClassAP], Field(max_length=50)] | None = Field(
-        None, description="Ranges of the AP of classes, all of which must hold.")
-    meta: dict[str, Json] | None = Field(None, description="What its meta says, among other things.")
+        default=None, description="Ranges of the AP of classes, all of which must hold.")
+    meta: dict[str, Json] | None = Field(default=None, description="What its meta says, among other things.")
     all: Annotated[list["ModelsFilterOptions"], Field(min_length=1, max_length=50)] | None = Field(
-        None, description="All of these.")
+        default=None, description="All of these.")
     any: Annotated[list["ModelsFilterOptions"], Field(min_length=1, max_length=50)] | None = Field(
-        None, description="One of these at least.")
+        default=None, description="One of these at least.")
 
 class ModelsFilter(Entity):
     "Which models to keep, and which of them not."
     model_config = {"extra": "forbid"}
-    must_filter: ModelsFilterOptions | None = Field(None, alias="must", description="Keep those that fit.")
+    must_filter: ModelsFilterOptions | None = Field(default=None, description="Keep those that fit.")
     not_filter: ModelsFilterOptions | None = Field(
-        None, alias="not", description="Leave out those that fit; without a condition in it, none.")
+        default=None, description="Leave out those that fit; without a condition in it, none.")
 
 # %% ../../nbs/registry/02_filters.ipynb #e8200009
 def _ranges(options):
