@@ -29,7 +29,7 @@ class ClassAP(Entity):
 class ModelsFilterOptions(Entity):
     "Conditions that must all hold; what is not given is none."
     model_config = {"extra": "forbid"}
-    id_in: Annotated[list[Text], Field(max_length=1000)] | None = Field(default=None, description="One of these ids.")
+    id_in: Annotated[list[Text], Field(max_length=1000)] | None = Field(default=None, description="One of these.")
     name: Name | None = Field(default=None, description="This name.")
     name_contains: Name | None = Field(default=None, description="A part of it, in either case.")
     baseline_model: Name | None = Field(default=None, description="This architecture.")
