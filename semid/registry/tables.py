@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'DATASETS', 'SLICES', 'CONTENTS', 'MODELS', 'CLASSES', 'MODEL_SLICES', 'META', 'HISTORY', 'MIRRORS',
-           'SETTINGS', 'ORDERS', 'leaves', 'new_id', 'as_json', 'row_of', 'write_model', 'slice_of', 'content_of',
-           'models_of']
+           'SETTINGS', 'ORDERS', 'BY_KEY', 'leaves', 'new_id', 'as_json', 'row_of', 'write_model', 'slice_of',
+           'content_of', 'models_of']
 
 # %% ../../nbs/registry/01_tables.ipynb #e8100003
 import hashlib, json, secrets, time
@@ -124,16 +124,18 @@ SETTINGS = sa.Table(
 ORDERS = {"created_at": MODELS.c.key, **{name: MODELS.c[name] for name in (
     "name", "updated_at", "trained_at", "average_ap")}}
 
+BY_KEY = "registry_models_keys"
 _live = MODELS.c.dataset_id, MODELS.c.deleted_at
 _flags = MODELS.c.is_pinned, MODELS.c.is_trained
 for _name, _column in ORDERS.items():
     if _name != "created_at": sa.Index(f"registry_models_{_name}", *_live, _column, MODELS.c.key)
-sa.Index("registry_models_page", *_live, MODELS.c.key)
 def _not_sqlite(ddl, target, bind, dialect=None, **_) -> bool: return dialect.name != "sqlite"
 
+sa.Index("registry_models_page", *_live, MODELS.c.key).ddl_if(callable_=_not_sqlite)  # type: ignore[arg-type]
 sa.Index("registry_models_flags", *_live, *_flags, MODELS.c.key).ddl_if(callable_=_not_sqlite)  # type: ignore[arg-type]
-sa.Index("registry_models_filters", *_live, *_flags, MODELS.c.key, MODELS.c.folded,
-         MODELS.c.baseline_model).ddl_if(dialect="sqlite")
+_asked = MODELS.c.folded, MODELS.c.baseline_model
+sa.Index("registry_models_filters", *_live, *_flags, MODELS.c.key, *_asked).ddl_if(dialect="sqlite")
+sa.Index(BY_KEY, _live[0], MODELS.c.key, _live[1], *_flags, *_asked).ddl_if(dialect="sqlite")
 sa.Index("registry_classes_ap", CLASSES.c.class_name, CLASSES.c.ap, CLASSES.c.model)
 sa.Index("registry_meta_leaf", META.c.leaf, META.c.model)
 
