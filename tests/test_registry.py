@@ -388,7 +388,8 @@ def test_a_cursor_is_of_its_registry(service, tmp_path):
 def test_what_can_not_be_a_model_leaves_nothing(service):
     nan = float("nan")
     for bad in (dict(name=""), dict(name="a\0"), dict(name="x" * 256), dict(meta={"a": nan}),
-                dict(meta="\ud800"), dict(training_parameters=[1]), dict(trained_at="2026-11-20"), dict(description=7),
+                dict(meta="\ud800"), dict(training_parameters=[1]), dict(description=7),
+                dict(trained_at="2026-11-20"),
                 dict(is_trained=True, trained_at="soon"), dict(training_classes=[{"class": "a", "ap": nan}]),
                 dict(training_classes=[{"class": "a", "ap": 1.01}]), dict(training_slice_ids="train"),
                 dict(training_slice_ids=["train", "train"])):
