@@ -26,6 +26,7 @@ def sentence(
 ) -> str:
     "What is wrong with a request first, in one sentence."
     first = error.errors()[0]
+    if first["type"] == "json_invalid": return "The body is no JSON."
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if len(where) > 100: where = f"{where[:100]}..."  # what is nested deeply has a long way to it
     return f"{where or 'The body'}: {first['msg'].removeprefix('Value error, ')}."
