@@ -52,7 +52,9 @@ _HOME = {
     "models.reranker": "Reranker export_reranker",
     "registry.entities": "Model ModelTrainClass NotFoundError ConflictError Undefined",
     "registry.filters": "ClassAP ModelsFilter ModelsFilterOptions",
-    "registry.service": "ModelService SliceService",
+    "registry.stores": "MirrorError",
+    "registry.slices": "SliceService",
+    "registry.service": "ModelService",
 }
 _MODULE_OF = {name: f"semid.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]
