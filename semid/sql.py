@@ -10,6 +10,7 @@ import os, random, time, weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -50,21 +51,31 @@ def _errors(url):
         raise SemidError(f"The registry {_shown(url)} can't be used: {why} ({hint}).") from e
 
 # %% ../nbs/03_sql.ipynb #3f88cbe5
+def _file(url):
+    "Which file it is: another one of that name is another file."
+    try: found = os.stat(url.database)
+    except (OSError, TypeError, ValueError): return None
+    return found.st_dev, found.st_ino
+
 def _engine(
     url,
     timeout,  # seconds to wait for another writer, on SQLite
 ) -> sa.Engine:
     "An engine whose transactions begin as they should."
     sqlite = url.get_backend_name() == "sqlite"
-    options = dict(poolclass=sa.NullPool, connect_args={"timeout": timeout}) if sqlite else {}
+    options: dict[str, Any] = dict(max_overflow=-1, connect_args={"timeout": timeout}) if sqlite else {}
     try: engine = sa.create_engine(url, **options)
     except (exc.ArgumentError, ImportError) as e:
         raise ConfigError(f"There is no driver for {url.drivername} databases here: {e}.") from None
     if not sqlite: return engine
     @sa.event.listens_for(engine, "connect")
-    def connected(connection, _):
+    def connected(connection, record):
         connection.isolation_level = None  # the driver begins nothing by itself
         connection.execute("PRAGMA cache_size = -65536")  # 64 MiB
+        record.info["file"] = _file(url)
+    @sa.event.listens_for(engine, "checkout")
+    def taken(connection, record, _):
+        if record.info["file"] != _file(url): raise exc.DisconnectionError
     @sa.event.listens_for(engine, "begin")
     def begin(connection):
         begin = connection.get_execution_options().get("semid_begin", "BEGIN")
@@ -106,11 +117,16 @@ def _prepare(
 # %% ../nbs/03_sql.ipynb #cad7d111
 _ENGINES: weakref.WeakSet = weakref.WeakSet()
 
+def _close_files():
+    "No connection to a file may be open in a process that forks."
+    for engine in _ENGINES:
+        if engine.dialect.name == "sqlite": engine.dispose()
+
 def _let_go():
     "A forked process must not talk over its parent's connections."
     for engine in _ENGINES: engine.dispose(close=False)
 
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"): os.register_at_fork(before=_close_files, after_in_child=_let_go)
 
 class Database:
     "Where the tables of a registry are."
@@ -123,6 +139,7 @@ class Database:
         self.url = _url(url)
         self._engine = _engine(self.url, timeout)
         _ENGINES.add(self._engine)
+        weakref.finalize(self, self._engine.dispose)
         with _errors(self.url): _prepare(self._engine, tables, timeout)
     def __repr__(self): return f"Database({_shown(self.url)!r})"
     @contextmanager
