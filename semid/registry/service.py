@@ -18,7 +18,8 @@ from ..config import ConfigError, DataError
 from . import contents
 from .entities import (
     Change, ConflictError, Model, ModelContent, NotFoundError, Undefined, checked, defined)
-from .filters import ModelsFilter, condition_of, next_cursor, order_of, read_cursor
+from .filters import (
+    ModelsFilter, condition_of, count_of, next_cursor, order_of, read_cursor)
 from .mirror import Mirror
 from .slices import SliceService, check_id, now_text
 from .stores import auto_uri, store_uri
@@ -88,7 +89,7 @@ class ModelService(SliceService):
         after = None if cursor is None else read_cursor(self._secret, cursor, *scope)
         found = select(MODELS).where(MODELS.c.dataset_id == dataset_id, condition_of(models_filter))
         found = found.where(MODELS.c.deleted_at != "" if deleted else MODELS.c.deleted_at == "")
-        counted = found.with_only_columns(sa.func.count())
+        counted = count_of(found, models_filter)
         if after is not None: found = found.where(after)
         by = [one.desc() if descending else one for one in dict.fromkeys([column, MODELS.c.key])]
         with self.database.transaction() as connection:
@@ -133,11 +134,12 @@ class ModelService(SliceService):
         training_parameters=None,     # dict of JSON
         meta=None,                    # JSON
         run_id=None,                  # of the MLflow run that made it
+        model_id=None,                # a new one by default
     ) -> Model:
-        "Register a model; NotFoundError if the dataset, a slice or the content is not there."
+        "Register a model; NotFoundError if its dataset, a slice or its content is not there."
         at = now_text()
         given = _trained(None, dict(is_trained=is_trained, trained_at=trained_at))
-        fields = dict(id=new_id("model"), dataset_id=dataset_id, name=name, baseline_model=baseline_model,
+        fields = dict(id=new_id("model") if model_id is None else model_id, dataset_id=dataset_id, name=name, baseline_model=baseline_model,
                       description=description, training_classes=list(training_classes or ()),
                       is_pinned=is_pinned, training_parameters=training_parameters, meta=meta, run_id=run_id,
                       created_at=at, created_by=self.user, updated_at=at, updated_by=self.user) | given
@@ -147,6 +149,8 @@ class ModelService(SliceService):
                 training_slice_ids=training_slice_ids or (), validation_slice_ids=validation_slice_ids or (),
                 model_content_id=model_content_id))
             model = checked(Model, **fields, **linked)
+            if connection.execute(select(MODELS.c.key).where(MODELS.c.id == model.id)).one_or_none():
+                raise ConflictError(f"There is a model {model.id!r} already.")
             key = write_model(connection, model)
             self._link(connection, key, model)
             self._note(connection, key, "create", None, model)
@@ -230,7 +234,7 @@ class ModelService(SliceService):
         found: dict[str, Any] = {}
         for role in "training", "validation":
             if (some := ids.get(f"{role}_slice_ids", Undefined)) is not Undefined:
-                rows = self._slices(connection, dataset_id, list(some or ()))
+                rows = self._slices(connection, dataset_id, some or ())
                 found[f"{role}_slices"] = [slice_of(row) for row in rows]
         if "model_content_id" in ids: found["model_content"] = None
         if (content := ids.get("model_content_id")) is not None:

@@ -7,6 +7,7 @@ __all__ = ['registry_url', 'now_text', 'SliceService', 'check_id']
 
 # %% ../../nbs/registry/04_slices.ipynb #e8800003
 import copy, getpass, os
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -127,7 +128,9 @@ class SliceService:
 
     def _slices(self, connection, dataset_id, slice_ids):
         "Rows of slices, in the order asked for."
-        if isinstance(slice_ids, str) or not all(isinstance(one, str) for one in slice_ids):
+        plain = isinstance(slice_ids, Iterable) and not isinstance(slice_ids, str)
+        slice_ids = [*slice_ids] if plain else [None]
+        if not all(isinstance(one, str) for one in slice_ids):
             raise DataError("Slices are named by a list of ids.")
         if len({*slice_ids}) < len(slice_ids): raise DataError("A slice is named twice.")
         found = {row.id: row for row in connection.execute(
