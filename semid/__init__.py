@@ -55,6 +55,8 @@ _HOME = {
     "registry.stores": "MirrorError",
     "registry.slices": "SliceService",
     "registry.service": "ModelService",
+    "registry.api": "create_registry_app serve_registry",
+    "registry.client": "RegistryClient",
 }
 _MODULE_OF = {name: f"semid.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

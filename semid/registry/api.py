@@ -6,7 +6,7 @@
 __all__ = ['Service', 'status_of', 'create_registry_app', 'serve_registry']
 
 # %% ../../nbs/registry/06_api.ipynb #e8600003
-import logging, tempfile
+import logging, os, tempfile
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated, Any
@@ -22,11 +22,12 @@ from sqlalchemy import exc
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from ..config import SemidError
+from ..config import ModelFormatError, SemidError
 from .access import LOOPBACK, Guard, registry_token, users_of
 from .entities import (
     Change, ConflictError, Dataset, Model, ModelContent, ModelPageInfo, NotFoundError, Slice, Text)
 from .service import ModelService
+from .stores import MirrorError
 from .transfer import Fetched, file_in, portions, receive
 from .wire import (
     Cursor, Length, ModelChange, NewDataset, NewModel, NewSlice, Order, Problem, Revision, Search, Seen)
@@ -54,6 +55,9 @@ def _add_refusals(app):
         if isinstance(error.__cause__, exc.DBAPIError):
             _log.error("The registry's database refused: %s", error)
             why = _BUSY if status == 503 else "The database can't keep this: leave out what is no plain text."
+        elif isinstance(error, MirrorError):
+            _log.error("The registry's contents: %s", error)
+            why = "MLflow, which keeps the contents, is away or refuses: try again later."
         return refusal(status, why)
 
     @app.exception_handler(exc.SQLAlchemyError)
@@ -166,8 +170,8 @@ def _model_routes(within):
     @routes.post(models, status_code=201)
     async def create_model(service: Service, dataset_id: str, new: NewModel) -> Model:
         "Register a model."
-        given = {name: getattr(new, name) for name in NewModel.model_fields}
-        return await within(service.create_model, dataset_id, **given)
+        given = {name: getattr(new, name) for name in NewModel.model_fields if name != "id"}
+        return await within(service.create_model, dataset_id, model_id=new.id, **given)
 
     @routes.get(model)
     async def get_model(service: Service, dataset_id: str, model_id: str) -> Model:
@@ -225,7 +229,8 @@ def _content_routes(within, fetched, most, seconds):
     @routes.get("/contents/{content_id}/files/{path:path}", response_class=StreamingResponse, responses=_FILE)
     async def get_file(content_id: str, path: str) -> Response:
         "A file of a content."
-        file, said = await within(fetched.open, content_id, path, limiter=moving)
+        try: file, said = await within(fetched.open, content_id, path, limiter=moving)
+        except ModelFormatError as e: raise HTTPException(500, str(e)) from None  # damaged where it is kept
         told = {"content-length": str(said.size), "x-sha256": said.sha256,
                 "content-disposition": "attachment", "x-content-type-options": "nosniff"}
         return StreamingResponse(portions(file), headers=told, media_type="application/octet-stream")
@@ -241,7 +246,9 @@ def _content_routes(within, fetched, most, seconds):
         with tempfile.TemporaryDirectory(prefix="semid-registry-") as folder:
             path = file_in(folder, name)
             await receive(request, path, most, seconds, x_sha256)
-            return await within(service.add_content, path, content_id, run_id, limiter=moving)
+            try: return await within(service.add_content, path, content_id, run_id, limiter=moving)
+            except SemidError as e:  # where the file was for a moment is nobody's business
+                raise type(e)(str(e).replace(f"{folder}{os.sep}", "")) from e.__cause__
 
     return routes
 

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ..config import DataError
-from .entities import ConflictError, ContentFile, NotFoundError
+from .entities import ContentFile, NotFoundError
 from ..serving.limits import said_length
 
 # %% ../../nbs/registry/06_transfer.ipynb #e8600206
@@ -82,25 +82,28 @@ class Fetched:
         self._lock, self._folders = threading.Lock(), dict[str, Path]()
         self._locks, self._count = dict[str, threading.Lock](), 0
 
-    def _folder(self, content_id):
-        "Where a content is; the first that asks for it fetches it, and others wait."
-        with self._lock: alone = self._locks.setdefault(content_id, threading.Lock())
-        with alone:
-            with self._lock:
-                if found := self._folders.pop(content_id, None):
-                    self._folders[content_id] = found  # used last
-                    return found
-                self._count += 1
-                to = Path(self._home.name, str(self._count))
-            folder = Path(self.service.download_content(content_id, to))
-            with self._lock:
-                gone = [self._folders.pop(content_id)] if content_id in self._folders else []
-                self._folders[content_id] = folder
-                gone += [self._folders.pop(one) for one in [*self._folders][:-self.most]]
-                self._locks = {one: lock for one, lock in self._locks.items()
-                               if one in self._folders or lock.locked()}
+    def _kept(self, content_id, name):
+        "A file of a content that is kept, or None; with the lock held."
+        folder = self._folders.pop(content_id, None)
+        try: file = open(file_in(folder, name), "rb") if folder else None
+        except FileNotFoundError: return None  # somebody tidied up
+        if folder: self._folders[content_id] = folder  # used last
+        return file
+
+    def _fetch(self, content_id, name):
+        "A file of a content that comes from where it is kept."
+        with self._lock:
+            self._count += 1
+            to = Path(self._home.name, str(self._count))
+        folder = Path(self.service.download_content(content_id, to))
+        with self._lock:
+            gone = [self._folders.pop(content_id)] if content_id in self._folders else []
+            self._folders[content_id] = folder
+            gone += [self._folders.pop(one) for one in [*self._folders][:-self.most]]
+            self._locks = {one: lock for one, lock in self._locks.items() if lock.locked()}
+            file = open(file_in(folder, name), "rb")
         for one in gone: shutil.rmtree(one, ignore_errors=True)  # what is open can still be read
-        return folder
+        return file
 
     def open(
         self,
@@ -108,13 +111,12 @@ class Fetched:
         name,        # of one of its files
     ) -> tuple[IO[bytes], ContentFile]:
         "A file of a content and what is known of it; NotFoundError if there is none of that name."
-        content = self.service.get_content(content_id)
-        said = next((one for one in content.files if one.path == name), None)
+        said = next((one for one in self.service.get_content(content_id).files if one.path == name), None)
         if said is None: raise NotFoundError(f"{content_id!r} has no file {name[:255]!r}.")
-        for _ in range(3):
-            try: return open(file_in(self._folder(content_id), name), "rb"), said
-            except FileNotFoundError: continue  # it had to make room just now
-        raise ConflictError(f"{content_id!r} had to make room for others again and again: ask again later.")
+        with self._lock: alone = self._locks.setdefault(content_id, threading.Lock())
+        with alone:  # the first that asks for it fetches it, and others wait
+            with self._lock: file = self._kept(content_id, name)
+            return file or self._fetch(content_id, name), said
 
 def portions(
     file: IO[bytes],   # is closed at the end
