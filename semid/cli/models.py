@@ -43,7 +43,9 @@ def download(
     "Fetch, export, compare and measure every model, and write down what was done; 1 if anything failed."
     from semid.models.prepare import download_models, read_manifest
     chosen = {"clip": clip_only, "reranker": reranker_only, "regressor": regressor_only}
+    if sum(chosen.values()) > 1: raise ConfigError("Only one thing can be the only one: use one --...-only.")
     kinds = [kind for kind, only in chosen.items() if only or not any(chosen.values())]
+    if clip and "clip" not in kinds: raise ConfigError(f"--clip goes with CLIP, not with --{kinds[0]}-only.")
     options = {"clip": clip} if clip else {}
     try:
         download_models(models_dir, kinds, source=source, offline=offline, int8=int8, progress=not quiet,
@@ -57,16 +59,20 @@ def download(
 @models.command()
 def verify(models_dir: ModelsDir = Path("models")):
     "Compare every file with the manifest, and open it; 1 if anything is wrong. No network is needed."
-    from semid.models.prepare import verify_models
-    found = verify_models(models_dir)
+    from semid.models.manifest import unknown_files, verify_models
+    found, others = verify_models(models_dir), unknown_files(models_dir)[1]
     for name, problems in found.items(): typer.echo(f"{name}: {'; '.join(problems) or 'good'}")
+    if others:
+        some = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
+        typer.echo(f"not in the manifest, and not looked at: {len(others)} other files ({some})")
     if bad := sum(map(bool, found.values())):
-        raise DataError(f"{bad} of {len(found)} are not as they were written down: download them again.")
+        raise DataError(f"{bad} of {len(found)} are not as they were written down: download them again, and "
+                        "remove files that nobody wrote down.")
 
 @models.command("list")
 def list_command(models_dir: ModelsDir = Path("models")):
     "What is there, where it is from, and whether it is the published one."
-    from semid.models.prepare import list_models
+    from semid.models.manifest import list_models
     rows = list_models(models_dir)
     if not rows: raise DataError(f"{models_dir} has no manifest of models: use `semid models download`.")
     _table(rows)
@@ -87,17 +93,23 @@ def export(
     device: Device = "cpu",
 ):
     "Export both towers of an encoder to ONNX, if onnxruntime says the same as torch: onnx:FOLDER/NAME."
-    from semid.models.onnx import encoder_latency, export_encoder, quantize_encoder
+    from semid.models.manifest import alone_at
+    from semid.models.onnx import agreement, encoder_latency, export_encoder, quantize_encoder
     from semid.ranking.encoders import open_encoder
     theirs = open_encoder(encoder, device)
-    made = export_encoder(theirs, output, name)
-    names = [made["name"]] + [quantize_encoder(output / made["name"])["name"]] * int8
+    with alone_at(output):
+        made = export_encoder(theirs, output, name)
+        names = [made["name"]]
+        if int8: names.append(quantize_encoder(output / names[0])["name"])
     ours = {each: open_encoder(f"onnx:{output / each}", device) for each in names}
     times = encoder_latency({"torch": theirs} | ours)
     for kind, batches in times.items():
         for batch, found in batches.items():
             told = (f"{which} {milliseconds:.1f} ms" for which, milliseconds in found.items())
             typer.echo(f"{kind}, {batch}: {', '.join(told)}")
+    for each in names[1:]:
+        found = agreement(ours[each], theirs)
+        typer.echo(f"{each}: {found['top_10_shared']:.0%} of what a search of {found['scenes']} scenes finds")
     for each in names: typer.echo(f"onnx:{output / each}")
 
 # %% ../../nbs/cli/06_models.ipynb #f04043e8
@@ -119,13 +131,13 @@ def train_boundary_command(
     quiet: Quiet = False,
 ):
     "Train the regressor that moves the ends of a video's moments; videos it has not seen choose the epoch."
-    from semid.models.boundary import BoundaryRegressor, train_boundary
-    from semid.models.prepare import MANIFEST, note_regressor
-    train_boundary(data, output, epochs=epochs, batch_size=batch_size, lr=lr, validation=validation,
-                   patience=patience, device=device, seed=seed, resume=resume, progress=not quiet)
-    if output.name == "regressor" and (output.parent / MANIFEST).exists(): note_regressor(output.parent)
+    from semid.models.boundary import BoundaryRegressor
+    from semid.models.prepare import train_regressor
+    train_regressor(data, output, epochs=epochs, batch_size=batch_size, lr=lr, validation=validation,
+                    patience=patience, device=device, seed=seed, resume=resume, progress=not quiet)
     held_out = BoundaryRegressor(output).about["held_out"]
-    typer.echo(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()))
+    found = ", ".join(f"{name} {value:.4g}" for name, value in held_out.items())
+    typer.echo(f"{output}: {found}, on the held-out videos, which chose the epoch")
 
 @models.command("sample-moments")
 def sample_moments_command(
@@ -155,12 +167,13 @@ def train_reranker_command(
 ):
     "Train a small cross-encoder from scratch, and export it: `semid models rerank --model-path OUTPUT/onnx`."
     from semid.models.reranker import export_reranker
-    from semid.models.reranker_training import train_reranker
-    history = train_reranker(pairs, output, validation=validation, epochs=epochs, batch_size=batch_size,
-                             lr=lr, warm_up=warm_up, resume=resume, device=device, seed=seed,
-                             progress=not quiet)
+    from semid.models.reranker_training import kept_epoch, train_reranker
+    train_reranker(pairs, output, validation=validation, epochs=epochs, batch_size=batch_size, lr=lr,
+                   warm_up=warm_up, resume=resume, device=device, seed=seed, progress=not quiet)
     export_reranker(output, output / "onnx")
-    typer.echo(f"{output}: {max(history['val_map']):.4f} MAP on questions it has not seen")
+    kept = kept_epoch(output)
+    typer.echo(f"{output}: {kept['map']:.4f} MAP (BM25: {kept['bm25']:.4f}) after {kept['name']}, on the "
+               "held-out questions, which chose it")
 
 @models.command()
 def rerank(
@@ -172,7 +185,8 @@ def rerank(
 ):
     "Sort texts by how well they answer: score, line, text. Lines without text keep their place."
     from semid.models.reranker import Reranker
-    texts = candidates.read_text().splitlines()
+    try: texts = candidates.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e: raise DataError(f"{candidates} is no text in UTF-8: {e}.") from None
     for found in Reranker(model_path, device=device).rerank(query, texts, top_k):
         score = "no text" if found.score is None else f"{found.score:.4f}"
         typer.echo(f"{score:>8}  {found.index + 1:>4}  {found.candidate}")

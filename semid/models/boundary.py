@@ -245,6 +245,18 @@ def _as_many(windows, features):
     if len(windows) == len(features): return windows
     raise ShapeMismatchError(f"{len(windows)} segments, but features of {len(features)}: give as many.")
 
+def _sizes(about, tensors, path):
+    "What a network is built of; ModelFormatError if its weights are of another one."
+    try: sizes = dim, windows, width, dropout, members = [
+            about[name] for name in ("dim", "with_windows", "width", "dropout", "members")]
+    except KeyError as e: raise ModelFormatError(f"{path}: its metadata has no {e}.") from None
+    is_built = all(type(number) is int for number in (dim, width, members)) and type(windows) is bool
+    first = tensors.get("layers.0.weight")
+    if not is_built or first is None or [*first.shape] != [members, dim + 3 * windows, width] or (
+            not isinstance(dropout, int | float) or not 0 <= dropout < 1):
+        raise ModelFormatError(f"{path}: its weights don't fit its metadata: train it again.")
+    return sizes
+
 class BoundaryRegressor:
     "A trained regressor: `refine` moves the ends of segments, `predict` says by how much."
     def __init__(
@@ -254,10 +266,7 @@ class BoundaryRegressor:
     ):
         self.path, self.device = Path(path), device_of(device)
         self.about, tensors = read_network(path, KIND)
-        try:
-            self.dim, self.with_windows = self.about["dim"], self.about["with_windows"]
-            sizes = self.about["width"], self.about["dropout"], self.about["members"]
-        except KeyError as e: raise ModelFormatError(f"{path}: its metadata has no {e}.") from None
+        self.dim, self.with_windows, *sizes = _sizes(self.about, tensors, path)
         network = _network(self.dim + 3 * self.with_windows, *sizes)
         self.network = fill(network, tensors, path).to(self.device)
 
@@ -297,7 +306,7 @@ class BoundaryRegressor:
         segments,  # (n, 3): start, end, duration of the video; or dicts with these keys and others
         features,  # (n, dim)
     ) -> tuple[Any, dict[int, str]]:  # the same with other ends; why some stayed, by their number
-        "Move the ends of segments; a segment that can't be moved stays as it was."
+        "Move ends, in seconds; what can't be moved stays. ShapeMismatchError or DataError: no such input."
         x = self._features(features)
         windows = _as_many(_read_segments(segments), x)
         moved, good = move_windows(windows, self.predict(x, windows))

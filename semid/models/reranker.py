@@ -135,7 +135,7 @@ class Reranker:
             for one in some: one.pad(length, **self._padding)
             inputs = {name: np.array([getattr(one, _INPUTS[name]) for one in some]) for name in self._names}
             scores[rows] = self._session.run(None, inputs)[0]
-        self.n_read += len(pairs)
+        with self._lock: self.n_read += len(pairs)
         if not np.isfinite(scores).all():
             raise ModelFormatError(f"{self.path}: its scores are NaN or infinite: train it again.")
         return scores.tolist()
@@ -277,16 +277,22 @@ def _latency(reranker):
     from semid.models.onnx import latency
     return latency({f"batch of {n}": partial(reranker._run, PAIRS[:n]) for n in (1, 8)})
 
+def _check_room(output):
+    "ConfigError if something else is in the way than an export, be it one that was cut off."
+    there = [file.name for file in output.iterdir()] if output.is_dir() else []
+    others = {name for name in there if not name.startswith(".")} - {"model.onnx", "tokenizer.json"}
+    if output.is_file() or others and stated_kind(output / "reranker.json") != KIND:
+        raise ConfigError(f"{output} holds something else than an exported reranker: name another folder.")
+
 def export_reranker(
     source,          # folder of a sentence-transformers CrossEncoder (safetensors), or a CrossEncoder
     output,          # folder of the exported reranker
     tolerance=1e-4,  # how much a score may differ from CrossEncoder.predict's
     measure=False,   # also say how long batches of 1 and 8 take here, in reranker.json
 ) -> dict[str, Any]:  # what reranker.json says
-    "Export a cross-encoder, and keep it if it says the same as before."
-    output, file = Path(output), Path(output) / "reranker.json"
-    if output.is_file() or output.exists() and any(output.iterdir()) and stated_kind(file) != KIND:
-        raise ConfigError(f"{output} holds something else than an exported reranker: name another folder.")
+    "Export a cross-encoder; SemidError if the export gives other scores than CrossEncoder.predict."
+    output = Path(output)
+    _check_room(output)
     network, name = _cross_encoder(source)
     if network.num_labels != 1:
         raise ConfigError(f"{name} gives {network.num_labels} numbers a pair: a reranker needs one.")
@@ -300,7 +306,7 @@ def export_reranker(
         if measure: about["latency_ms"] = _latency(Reranker(tmp, cache=0))
         for each in made.values():
             with atomic_path(output / each.name) as kept: shutil.copyfile(each, kept)
-    write_json(file, about)
+    write_json(output / "reranker.json", about)
     return about
 
 def _about(network, name, made):
