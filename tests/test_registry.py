@@ -71,7 +71,7 @@ def url(request, tmp_path):
 
 @pytest.fixture
 def service(url):
-    made = ModelService(url, user="ada", mirror=False)
+    made = ModelService(url, user="ada", mirror=None)
     made.create_dataset("d")
     made.create_slice("d", "train", data_count=100)
     made.create_slice("d", "val", data_count=10)
@@ -169,7 +169,7 @@ class Registry(RuleBasedStateMachine):
             engine = sa.create_engine(self.url)
             TABLES.drop_all(engine)
             engine.dispose()
-        self.service = ModelService(self.url, user="ada", mirror=False)
+        self.service = ModelService(self.url, user="ada", mirror=None)
         self.service.create_dataset("d")
         for name, n in {"train": 100, "val": 10}.items(): self.service.create_slice("d", name, data_count=n)
         self.live, self.deleted, self.actions = {}, {}, {}
@@ -274,7 +274,7 @@ def test_it_is_a_dict_on_postgresql(postgres):
 WRITER = """
 import sys
 from semid import ModelService
-service = ModelService(sys.argv[1], user=sys.argv[2], mirror=False)
+service = ModelService(sys.argv[1], user=sys.argv[2], mirror=None)
 print("ready", flush=True)
 for n in range(int(sys.argv[3])):
     made = service.create_model("d", f"{sys.argv[2]} {n}", "net", ["train"], meta={"n": n})
@@ -316,7 +316,7 @@ def test_two_processes_write_at_once(service, url):
 
 def test_one_of_two_who_saw_the_same_revision_loses(service, url):
     model = service.create_model("d", "a", "net")
-    other = ModelService(url, user="bob", mirror=False)
+    other = ModelService(url, user="bob", mirror=None)
     other.update_model("d", model.id, meta=1, revision=1)
     with pytest.raises(ConflictError, match="changed by bob"):
         service.update_model("d", model.id, meta=2, revision=1)
@@ -377,7 +377,7 @@ def test_texts_are_only_texts(service, evil):
 def test_a_cursor_is_of_its_registry(service, tmp_path):
     for n in range(3): service.create_model("d", str(n), "net")
     _, cursor, _ = service.get_models("d", length=1)
-    other = ModelService(tmp_path / "other.db", mirror=False)
+    other = ModelService(tmp_path / "other.db", mirror=None)
     other.create_dataset("d")
     with pytest.raises(DataError, match="no cursor of this registry"): other.get_models("d", cursor=cursor)
     for at in range(0, len(cursor), 7):

@@ -12,7 +12,7 @@ def names(tmp_path, monkeypatch):
     "What the snippets take for granted: a dataset, its slices, two models, stored weights."
     monkeypatch.setenv("SEMID_REGISTRY", str(tmp_path / "registry.db"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    service = ModelService(mirror=False)
+    service = ModelService(mirror=None)
     service.create_dataset("dataset_123")
     sizes = {"slice_train_001": 2300, "slice_val_001": 500, "slice_train": 2000, "slice_val": 500}
     for name, n in sizes.items():
