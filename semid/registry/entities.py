@@ -96,6 +96,7 @@ class Dataset(Entity):
 
 class Slice(Entity):
     "A part of a dataset."
+    model_config = ConfigDict(frozen=True)  # models share it
     id: Id = Field(description="What models name it by; unique in its dataset.")
     dataset_id: Id = Field(description="The dataset it is of.")
     name: Name | None = Field(default=None, description="For people.")

@@ -231,24 +231,26 @@ def models_of(
     classes = _grouped(connection, select(CLASSES).order_by(CLASSES.c.model, CLASSES.c.position), keys,
                        CLASSES.c.model)
     uses = MODEL_SLICES.c
-    joined = select(uses.model, uses.role, *_SLICE).select_from(MODEL_SLICES).join(SLICES)
+    joined = select(uses.model, uses.role, uses.slice, *_SLICE).select_from(MODEL_SLICES).join(SLICES)
     slices = _grouped(connection, joined.order_by(uses.model, uses.position), keys, uses.model)
+    known = {row.slice: row for some in slices.values() for row in some}
+    parts = {key: slice_of(row) for key, row in known.items()}
     runs = dict(connection.execute(select(MIRRORS.c.model, MIRRORS.c.run_id).where(
         MIRRORS.c.model.in_(keys))).all())
     held = {row.id: content_of(row) for row in connection.execute(
         select(CONTENTS).where(CONTENTS.c.id.in_(contents)))} if contents else {}
-    return [_model(row, classes[row.key], slices[row.key], held.get(row.content_id), runs.get(row.key))
-            for row in rows]  # each as it was checked when it was written
+    of = lambda key, role: [parts[row.slice] for row in slices[key] if row.role == role]
+    return [_model(row, classes[row.key], of(row.key, "training"), of(row.key, "validation"),
+                   held.get(row.content_id), runs.get(row.key)) for row in rows]
 
 
-def _model(row, classes, slices, content, run):
-    "A model from its rows."
-    of = lambda role: [slice_of(one) for one in slices if one.role == role]
+def _model(row, classes, training, validation, content, run):
+    "A model from its rows, which were checked when they were written."
     read = lambda text: None if text is None else json.loads(text)
     return Model.model_construct(
         **_values(row, _FIELDS), trained_at=row.trained_at or None,
         deleted_at=row.deleted_at or None, run_id=row.run_id or run, model_content=content,
         training_classes=[ModelTrainClass.model_construct(**_values(one, ModelTrainClass.model_fields))
                           for one in classes],
-        training_slices=of("training"), validation_slices=of("validation"),
+        training_slices=training, validation_slices=validation,
         training_parameters=read(row.training_parameters), meta=read(row.meta))
