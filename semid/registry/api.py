@@ -6,7 +6,7 @@
 __all__ = ['Service', 'status_of', 'create_registry_app', 'serve_registry']
 
 # %% ../../nbs/registry/06_api.ipynb #e8600003
-import logging, os, tempfile
+import json, logging, os, tempfile
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated, Any
@@ -29,8 +29,9 @@ from .entities import (
 from .service import ModelService
 from .stores import MirrorError
 from .transfer import Fetched, file_in, portions, receive
-from .wire import (
-    Cursor, Length, ModelChange, NewDataset, NewModel, NewSlice, Order, Problem, Revision, Search, Seen)
+from semid.registry.wire import (
+    ID_PATTERN, Cursor, Given, Length, ModelChange, NewDataset, NewModel, NewSlice, Order, Problem, Revision,
+    Search, Seen)
 from ..serving.limits import Limited, refusal, sentence
 
 # %% ../../nbs/registry/06_api.ipynb #e8600009
@@ -194,18 +195,17 @@ def _model_routes(within):
         await within(service.delete_model, dataset_id, model_id, force, revision)
 
     @routes.post(model + "/pin")
-    async def pin_model(service: Service, dataset_id: str, model_id: str, seen: Seen | None = None) -> Model:
+    async def pin_model(service: Service, dataset_id: str, model_id: str, seen: Seen) -> Model:
         "Mark a model as one to keep."
-        return await within(service.pin_model, dataset_id, model_id, seen and seen.revision)
+        return await within(service.pin_model, dataset_id, model_id, seen.revision)
 
     @routes.post(model + "/unpin")
-    async def unpin_model(service: Service, dataset_id: str, model_id: str, seen: Seen | None = None
-                          ) -> Model:
+    async def unpin_model(service: Service, dataset_id: str, model_id: str, seen: Seen) -> Model:
         "Mark a model as any other."
-        return await within(service.unpin_model, dataset_id, model_id, seen and seen.revision)
+        return await within(service.unpin_model, dataset_id, model_id, seen.revision)
 
     @routes.post(model + "/restore")
-    async def restore_model(service: Service, dataset_id: str, model_id: str) -> Model:
+    async def restore_model(service: Service, dataset_id: str, model_id: str, nothing: Given) -> Model:
         "Undo that a model was deleted."
         return await within(service.restore_model, dataset_id, model_id)
 
@@ -239,8 +239,8 @@ def _content_routes(within, fetched, most, seconds):
     async def add_content(
         request: Request, service: Service, content_id: str, name: str,
         run_id: Annotated[Text | None, Query(alias="runId", description="Of MLflow.", max_length=128)] = None,
-        x_sha256: Annotated[str | None, Header(
-            pattern="^[0-9A-Fa-f]{64}$", description="Of the file: 400 if it arrived otherwise.")] = None,
+        x_sha256: Annotated[str, Header(
+            pattern="^([0-9A-Fa-f]{64})?$", description="Of the file: 400 if it arrived otherwise.")] = "",
     ) -> ModelContent:
         "Store a content of one file: the body."
         with tempfile.TemporaryDirectory(prefix="semid-registry-") as folder:
@@ -251,6 +251,10 @@ def _content_routes(within, fetched, most, seconds):
                 raise type(e)(str(e).replace(f"{folder}{os.sep}", "")) from e.__cause__
 
     return routes
+
+_PATTERNS = [json.dumps(pattern) for pattern in (r"^[\w.:@-]+$", ID_PATTERN)]
+
+def _described(app): return json.loads(json.dumps(FastAPI.openapi(app)).replace(*_PATTERNS))
 
 def _is_file(scope): return scope["method"] == "PUT"  # what comes in as a file has limits of its own
 
@@ -295,6 +299,7 @@ def create_registry_app(
         await within(look, limiter=looking)
         return {"status": "ok"}
 
+    app.openapi = partial(_described, app)  # type: ignore[method-assign]
     return app
 
 # %% ../../nbs/registry/06_api.ipynb #e8600021

@@ -67,7 +67,7 @@ def error_of(
     status, said = answer.status_code, _detail(answer)
     if 300 <= status < 400:
         return SemidError(f"{url} sends to another address, which is not followed: give that one.")
-    if status in _PASSING: return SemidError(f"{url} answered {status}: {said or 'it is away, try again later.'}")
+    if status in _PASSING: return SemidError(f"{url} answered {status}: {said or 'try again later.'}")
     if said is None: return SemidError(f"{url} answered {status}, but not as a registry does: is it one?")
     if status in (401, 403): said = f"{said.rstrip('.')} (the token is read from SEMID_REGISTRY_TOKEN)."
     kind = _ERRORS.get(status)

@@ -39,7 +39,7 @@ async def receive(
     path,              # of a file, which is made
     most,              # bytes
     seconds,           # for each portion
-    sha256=None,       # of what was sent, in hexadecimal digits
+    sha256=None,       # of what was sent, in hexadecimal digits; not compared if nobody says
 ):
     "Write a request's body to a file; 408 if it does not come, 413 if it is too large, else DataError."
     digest, size, waiting = hashlib.sha256(), 0, bytearray()
@@ -58,7 +58,7 @@ async def receive(
                 await run_sync(write, bytes(waiting))
                 waiting.clear()
         await run_sync(write, bytes(waiting))
-    if sha256 is not None and sha256.lower() != digest.hexdigest():
+    if sha256 and sha256.lower() != digest.hexdigest():
         raise DataError("The file did not arrive as it was sent: its digest is another. Send it again.")
 
 async def _next(stream, seconds):
