@@ -122,15 +122,28 @@ def _artifacts(client, run_id, path):
 
 def _place(content_id): return f"contents/{content_id}"
 
-def _run_for(client, uri, run_id, content_id):
+def _is_other(client, run_id, content):
+    "Is there something else than this content, or a part of it, at its place?"
+    place, sizes = _place(content.id), {file.path: file.size for file in content.files}
+    there = {path.removeprefix(f"{place}/"): size for path, size in _artifacts(client, run_id, place).items()}
+    if any(size > sizes.get(name, -1) for name, size in there.items()): return True
+    digests = {file.path: file.sha256 for file in content.files}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (name for name, size in there.items() if size == sizes[name]):
+            came = client.download_artifacts(run_id, f"{place}/{name}", folder)
+            if file_sha256(came) != digests[name]: return True
+    return False
+
+def _run_for(client, uri, run_id, content):
     "The run that was named, or a new one."
+    content_id = content.id
     if run_id is None:
         tags = {"semid.content_id": content_id}
         return client.create_run(experiment_of(client, uri), run_name=content_id[:200], tags=tags), True
     run = find_run(client, run_id)
     if run is None: raise NotFoundError(f"MLflow has no run {run_id!r}: give one that is there, or none.")
-    if _artifacts(client, run_id, _place(content_id)):
-        raise ConflictError(f"Run {run_id} holds a content {content_id!r} already: give another id.")
+    if _is_other(client, run_id, content):
+        raise ConflictError(f"Run {run_id} holds another content {content_id!r} already: give another id.")
     return run, False
 
 def _upload(client, run_id, content_id, path, said):
@@ -161,14 +174,14 @@ def store(
     if not content.id.strip("."): raise DataError("A content's id has more in it than dots.")
     uri = store_uri(uri)
     with open_client(uri) as client:
-        run, own = _run_for(client, uri, run_id, content_id)
+        run, own = _run_for(client, uri, run_id, content)
         content.run_id = run.info.run_id
         ended = "FAILED"
         try:
             _upload(client, content.run_id, content_id, path, files)
             ended = "FINISHED"
         finally:
-            if own: client.set_terminated(content.run_id, ended)
+            if own: client.update_run(content.run_id, ended)  # `set_terminated` would print
     return content
 
 # %% ../../nbs/registry/03_contents.ipynb #e8400021

@@ -54,10 +54,11 @@ def parameters_of(
 
 def tags_of(
     model: Model,
+    registry,       # it is of
 ) -> dict[str, str]:
     "The tags of a model's version."
     content = model.model_content
-    found = {"model_id": model.id, "dataset_id": model.dataset_id, "name": model.name,
+    found = {"registry": registry, "model_id": model.id, "dataset_id": model.dataset_id, "name": model.name,
              "baseline_model": model.baseline_model, "is_trained": model.is_trained,
              "is_pinned": model.is_pinned, "trained_at": model.trained_at, "revision": model.revision,
              "average_ap": None if model.average_ap is None else round(model.average_ap, 6),
@@ -74,16 +75,20 @@ class Shown(NamedTuple):
     version: str   # of it
     run_id: str    # that is linked
 
-def _run(client, uri, model, runs):
+def _ours(registry, model_id):
+    "What asks MLflow for what is of a model."
+    return f"tags.`semid.registry` = '{registry}' and tags.`semid.model_id` = '{model_id}'"
+
+def _run(client, uri, model, runs, registry):
     "The first of these runs that is there, or the model's own."
     for run_id in filter(None, runs):
         if run := find_run(client, run_id): return run
     group = experiment_of(client, uri)
-    own = client.search_runs([group], f"tags.`semid.model_id` = '{model.id}'", max_results=1)
+    own = client.search_runs([group], _ours(registry, model.id), max_results=1)
     if own: return own[0]
-    tags = {"semid.model_id": model.id, "semid.dataset_id": model.dataset_id}
+    tags = {"semid.registry": registry, "semid.model_id": model.id, "semid.dataset_id": model.dataset_id}
     run = client.create_run(group, run_name=model.name[:200], tags=tags)
-    client.set_terminated(run.info.run_id)
+    client.update_run(run.info.run_id, "FINISHED")  # `set_terminated` would print
     return run
 
 def _log(client, run, model):
@@ -103,9 +108,9 @@ def _source(run, model):
     return f"{run.info.artifact_uri}/contents/{content.id}" if ours else run.info.artifact_uri
 
 # %% ../../nbs/registry/04_mirror.ipynb #e8600017
-def _versions(client, model_id):
+def _versions(client, registry, model_id):
     "The versions of a model, under whatever name."
-    return client.search_model_versions(f"tags.`semid.model_id` = '{model_id}'", max_results=1000)
+    return client.search_model_versions(_ours(registry, model_id), max_results=1000)
 
 def _fits(version, wanted, run_id, tags):
     "Is that the version we would make?"
@@ -124,10 +129,11 @@ def _register(client, name, model):
         except MlflowException as e:
             if e.error_code != "RESOURCE_ALREADY_EXISTS": raise
 
-def _version(client, name, run, model):
+def _version(client, name, run, model, registry):
     "The version of a model, made if need be."
-    tags, run_id, about = tags_of(model), run.info.run_id, _text(model.description or "")
-    find = lambda: _first(one for one in _versions(client, model.id) if _fits(one, name, run_id, tags))
+    tags, run_id, about = tags_of(model, registry), run.info.run_id, _text(model.description or "")
+    fits = lambda version: _fits(version, name, run_id, tags)
+    find = lambda: _first(filter(fits, _versions(client, registry, model.id)))
     if (found := find()) is None:
         _register(client, name, model)
         made = client.create_model_version(name, _source(run, model), run_id, tags, description=about,
@@ -152,9 +158,10 @@ class Mirror:
     "Models as MLflow's registry shows them; every method raises MirrorError if MLflow is away or refuses."
     def __init__(
         self,
-        uri=None,   # of MLflow; `store_uri()` by default
+        uri=None,            # of MLflow; `store_uri()` by default
+        registry="default",  # what tells this registry's models from those of others
     ):
-        self.uri = store_uri(uri)
+        self.uri, self.registry = store_uri(uri), registry
     def show(
         self,
         model: Model,
@@ -162,10 +169,11 @@ class Mirror:
     ) -> Shown:
         "Show a model as it is now; versions that showed it otherwise stay until `hide`."
         with open_client(self.uri) as client:
-            run = _run(client, self.uri, model, runs)
+            run = _run(client, self.uri, model, runs, self.registry)
             _log(client, run, model)
             name = mirror_name(model.dataset_id, model.name)
-            return Shown(name, str(_version(client, name, run, model)), run.info.run_id)
+            return Shown(name, str(_version(client, name, run, model, self.registry)),
+                         run.info.run_id)
 
     def hide(
         self,
@@ -174,7 +182,7 @@ class Mirror:
     ):
         "Delete the versions of a model, and with them their aliases."
         with open_client(self.uri) as client:
-            for one in _versions(client, model_id):
+            for one in _versions(client, self.registry, model_id):
                 if keep and (one.name, str(one.version)) == keep[:2]: continue
                 with _unless_missing(): client.delete_model_version(one.name, one.version)
 
@@ -186,6 +194,8 @@ class Mirror:
         "Say which version is in production."
         with open_client(self.uri) as client, _unless_missing():
             now = client.get_registered_model(name).aliases.get(_ALIAS)
-            if version is None and now is not None: client.delete_registered_model_alias(name, _ALIAS)
-            elif version is not None and str(now) != str(version):
+            if version is not None and str(now) != str(version):
                 client.set_registered_model_alias(name, _ALIAS, version)
+            if version is None and now is not None:
+                owner = client.get_model_version(name, now).tags.get("semid.registry")
+                if owner == self.registry: client.delete_registered_model_alias(name, _ALIAS)

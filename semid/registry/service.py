@@ -6,7 +6,7 @@
 __all__ = ['ModelService']
 
 # %% ../../nbs/registry/05_service.ipynb #e8500003
-import json
+import hashlib, json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ class ModelService(SliceService):
     ):
         super().__init__(url, user, timeout)
         uri = auto_uri(self.database, url is None) if mirror == "auto" else mirror or None
-        self._sync = MirrorSync(self.database, Mirror(None if uri is True else uri)) if uri else None
+        own = hashlib.sha256(self._secret.encode()).hexdigest()[:16]
+        mirrored = Mirror(None if uri is True else uri, own) if uri else None
+        self._sync = MirrorSync(self.database, mirrored) if mirrored else None
 
     def get_models(
         self,
@@ -139,9 +141,10 @@ class ModelService(SliceService):
         "Register a model; NotFoundError if its dataset, a slice or its content is not there."
         at = now_text()
         given = _trained(None, dict(is_trained=is_trained, trained_at=trained_at))
-        fields = dict(id=new_id("model") if model_id is None else model_id, dataset_id=dataset_id, name=name, baseline_model=baseline_model,
-                      description=description, training_classes=list(training_classes or ()),
-                      is_pinned=is_pinned, training_parameters=training_parameters, meta=meta, run_id=run_id,
+        fields = dict(id=new_id("model") if model_id is None else model_id, dataset_id=dataset_id, name=name,
+                      baseline_model=baseline_model, description=description, is_pinned=is_pinned,
+                      training_classes=list(training_classes or ()),
+                      training_parameters=training_parameters, meta=meta, run_id=run_id,
                       created_at=at, created_by=self.user, updated_at=at, updated_by=self.user) | given
         with self.database.transaction(write=True) as connection:
             self._check_dataset(connection, dataset_id)

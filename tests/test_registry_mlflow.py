@@ -1,0 +1,472 @@
+"The registry and MLflow: what is shown there, contents, MLflow away, two processes at once, kill -9."
+import json, logging, os, pickle, shutil, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from semid import ConflictError, MirrorError, ModelService, ModelTrainClass
+from semid.config import ConfigError, DataError, ModelFormatError
+from semid.registry.mirror import mirror_name
+from semid.registry.stores import check_is_there
+from semid.registry.sync import outstanding
+
+mlflow = pytest.importorskip("mlflow")
+
+REFUSING = "http://127.0.0.1:9"
+CAR = ModelTrainClass(class_name="car", annotation_type="box", ap=0.85)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    "MLflow's tables, which take seconds to make."
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(empty_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+
+
+@pytest.fixture
+def open_service(tmp_path):
+    def open_(mirror):
+        service = ModelService(tmp_path / "registry.db", user="ada", mirror=mirror)
+        if not service.get_datasets(): service.create_dataset("streets")
+        return service
+    return open_
+
+
+@pytest.fixture
+def service(open_service, uri): return open_service(uri)
+
+
+@pytest.fixture
+def client(uri): return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    folder = tmp_path / "weights"
+    (folder / "heads").mkdir(parents=True)
+    np.savez(folder / "heads" / "car.npz", weight=np.arange(12.0))
+    (folder / "metadata.json").write_text('{"type": "YOLO"}')
+    return folder
+
+
+def create(service, name="YOLOv8", **given):
+    return service.create_model("streets", name, "yolov8n", training_classes=[CAR], **given)
+
+
+def versions(client, name="streets.YOLOv8"):
+    "The ids of our models by their version."
+    found = client.search_model_versions(f"name = '{name}'")
+    return {int(one.version): one.tags["semid.model_id"] for one in found}
+
+
+def production(client, name="streets.YOLOv8"):
+    version = client.get_registered_model(name).aliases.get("production")
+    return version and client.get_model_version(name, version).tags["semid.model_id"]
+
+
+def waiting(service):
+    with service.database.transaction() as connection: return len(outstanding(connection))
+
+
+def test_every_change_is_shown(service, client):
+    model = create(service, training_parameters={"epochs": 100, "optimizer": {"lr": 0.01}})
+    run = client.get_run(model.run_id)
+    assert run.data.metrics["semid.ap.car.box"] == 0.85 and run.data.params["semid.optimizer.lr"] == "0.01"
+    assert client.get_experiment(run.info.experiment_id).name == "semid-registry"
+    version = client.get_model_version("streets.YOLOv8", "1")
+    assert version.source == run.info.artifact_uri and version.run_id == model.run_id
+    tags = {name.removeprefix("semid."): value for name, value in version.tags.items()}
+    assert (tags["baseline_model"], tags["is_trained"], tags["average_ap"], tags["revision"]) == (
+        "yolov8n", "false", "0.85", "1")
+    bus = ModelTrainClass(class_name="bus", ap=0.65)
+    service.update_model("streets", model.id, is_trained=True, training_classes=[CAR, bus])
+    tags = client.get_model_version("streets.YOLOv8", "1").tags
+    told = [tags[f"semid.{name}"] for name in ("is_trained", "average_ap", "revision")]
+    assert told == ["true", "0.75", "2"]
+    assert client.get_run(model.run_id).data.metrics["semid.average_ap"] == 0.75
+    assert waiting(service) == 0 and service.sync(progress=False) == 0
+
+
+def test_the_last_pin_is_in_production(service, client):
+    first, second, third = (create(service) for _ in range(3))
+    assert versions(client) == {1: first.id, 2: second.id, 3: third.id} and production(client) is None
+    steps = (("pin", second, second), ("pin", first, first), ("pin", third, third), ("unpin", third, first),
+             ("unpin", first, second), ("unpin", second, None))
+    for action, model, wanted in steps:
+        getattr(service, f"{action}_model")("streets", model.id)
+        assert production(client) == (wanted and wanted.id), (action, wanted)
+
+
+def test_deleted_restored_and_renamed_models(service, client):
+    first, second = create(service, is_pinned=True), create(service, is_pinned=True)
+    service.delete_model("streets", second.id, force=True)
+    assert versions(client) == {1: first.id} and production(client) == first.id
+    service.restore_model("streets", second.id)
+    assert versions(client) == {1: first.id, 3: second.id} and production(client) == second.id
+    service.update_model("streets", second.id, name="a/b: 'c'")
+    renamed = mirror_name("streets", "a/b: 'c'")
+    assert versions(client) == {1: first.id} and production(client) == first.id
+    assert production(client, renamed) == second.id and not {*"/:'"} & {*renamed}
+
+
+def test_showing_twice_changes_nothing(service, client):
+    model = create(service, is_pinned=True)
+    before = client.get_model_version("streets.YOLOv8", "1"), client.get_run(model.run_id)
+    assert service.sync(progress=False, again=True) == 1
+    after = client.get_model_version("streets.YOLOv8", "1"), client.get_run(model.run_id)
+    assert before[0].last_updated_timestamp == after[0].last_updated_timestamp
+    assert before[1].to_dictionary() == after[1].to_dictionary()
+    assert len(client.get_metric_history(model.run_id, "semid.average_ap")) == 1
+    [change] = service.get_history("streets", model.id)
+    assert (change.action, service.get_model("streets", model.id).revision) == ("create", 1)
+
+
+def test_what_mlflow_lost_is_shown_again(service, client, uri, open_service):
+    model = create(service, is_pinned=True)
+    client.delete_registered_model("streets.YOLOv8")
+    client.delete_run(model.run_id)
+    assert service.sync(progress=False) == 0
+    assert service.sync(progress=False, again=True) == 1
+    assert production(client) == model.id
+    assert service.get_model("streets", model.id).run_id != model.run_id
+
+
+def test_the_run_that_a_user_names_is_linked_if_it_is_there(service, client):
+    training = client.create_run(client.create_experiment("trainings")).info.run_id
+    model = create(service, run_id=training)
+    assert client.get_model_version("streets.YOLOv8", "1").run_id == training
+    for bad in "0" * 32, "../../../etc/passwd", "file:///etc/passwd", "x'; DROP TABLE runs; --":
+        model = create(service, "bad", run_id=bad)
+        version = client.search_model_versions("name = 'streets.bad'")[0]
+        run = client.get_run(version.run_id)
+        assert model.run_id == bad and run.data.tags["semid.model_id"] == model.id
+        assert version.source == run.info.artifact_uri and "etc" not in version.source
+
+
+ODD = ["é ü 漢字", "a" * 255, "a\nb", "..", "'; --", "%2e%2e%2f", "a%b_c#d?e", '"quoted"', "\u202e \u00a0"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_are_shown(service, client, name):
+    one = ModelTrainClass(class_name=name, ap=0.5)
+    model = service.create_model("streets", name, "b", training_parameters={name: name}, is_pinned=True,
+                                 description=name * 70, training_classes=[one])
+    assert waiting(service) == 0 and production(client, mirror_name("streets", name)) == model.id
+
+
+def test_registries_that_share_an_mlflow_keep_apart(open_service, uri, client, tmp_path):
+    ours, theirs = open_service(uri), ModelService(tmp_path / "other.db", user="bob", mirror=uri)
+    theirs.create_dataset("streets")
+    a, b = (create(one, model_id="yolo", is_pinned=True) for one in (ours, theirs))
+    assert len(versions(client)) == 2 and a.run_id != b.run_id
+    ours.delete_model("streets", "yolo", force=True)
+    assert [*versions(client)] == [2] and production(client) == "yolo"
+
+
+def warnings_of(caplog): return [one for one in caplog.records if one.name == "semid.registry"]
+
+
+def test_mlflow_away_then_sync(open_service, uri, client, caplog):
+    service = open_service(REFUSING)
+    start = time.perf_counter()
+    with caplog.at_level(logging.WARNING): models = [create(service) for _ in range(5)]
+    service.pin_model("streets", models[2].id)
+    service.delete_model("streets", models[4].id)
+    assert time.perf_counter() - start < 10
+    [said] = warnings_of(caplog)
+    assert "is away" in said.getMessage() and "sync" in said.getMessage()
+    assert waiting(service) == 5 and models[0].run_id is None
+    with pytest.raises(MirrorError, match="is away"): service.sync(progress=False)
+    back = open_service(uri)
+    assert back.sync(progress=False) == 5 and back.sync(progress=False) == 0
+    assert {*versions(client).values()} == {one.id for one in models[:4]}
+    first = back.get_model("streets", models[0].id)
+    assert production(client) == models[2].id and first.run_id and first.revision == 1
+
+
+def test_a_server_that_does_not_answer_costs_seconds(open_service, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        service = open_service(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.perf_counter()
+        model = create(service)
+        service.pin_model("streets", model.id)
+        assert time.perf_counter() - start < 8
+    assert len(warnings_of(caplog)) == 1 and service.get_model("streets", model.id).is_pinned
+
+
+def test_another_attempt_comes_after_a_while(open_service, uri, client, caplog):
+    service = open_service(REFUSING)
+    first = create(service)
+    service._sync.mirror.uri = uri  # it is back
+    second = create(service)
+    assert second.run_id is None  # within a minute nobody asks
+    service._sync._not_before = 0
+    third = create(service)
+    assert third.run_id and waiting(service) == 2 and len(warnings_of(caplog)) == 1
+    service.sync(progress=False)
+    assert {*versions(client).values()} == {first.id, second.id, third.id}
+
+
+def test_a_model_that_mlflow_refuses_does_not_hold_up_the_others(open_service, uri, client, monkeypatch):
+    service = open_service(None)
+    bad, good = create(service, "bad"), create(service, "good")
+    shown = open_service(uri)
+    show = shown._sync.mirror.show
+    def refuse(model, runs):
+        if model.id == bad.id: raise MirrorError("MLflow says: no.")
+        return show(model, runs)
+    monkeypatch.setattr(shown._sync.mirror, "show", refuse)
+    with pytest.raises(MirrorError, match="1 models were shown and 1 were not.*MLflow says: no"):
+        shown.sync(progress=False)
+    assert versions(client, "streets.good") == {1: good.id} and waiting(shown) == 1
+
+
+def test_where_mlflow_is_found(tmp_path, monkeypatch, empty_store):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert ModelService(tmp_path / "registry.db")._sync is None
+    with pytest.raises(ConfigError, match="nowhere"): ModelService(tmp_path / "registry.db").sync()
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    assert ModelService(tmp_path / "registry.db")._sync.mirror.uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert ModelService(tmp_path / "registry.db", mirror=False)._sync is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", REFUSING)
+    assert ModelService(tmp_path / "registry.db")._sync.mirror.uri == REFUSING
+    assert ModelService(tmp_path / "registry.db", mirror=True)._sync.mirror.uri == REFUSING
+
+
+def test_a_process_keeps_its_own_mlflow(service, tmp_path):
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri(), dict(os.environ)
+    service.create_dataset("roads")
+    service.create_model("roads", "a", "b")
+    assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri(), dict(os.environ)) == before
+    assert mlflow.active_run() is None
+
+
+@pytest.fixture(scope="module")
+def start_server(empty_store, tmp_path_factory):
+    "Start MLflow's server, again on the same port and with the same tables."
+    folder = tmp_path_factory.mktemp("server")
+    store = shutil.copy(empty_store, folder / "mlflow.db")
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    options = {"backend-store-uri": f"sqlite:///{store}", "artifacts-destination": folder / "artifacts",
+               "port": port, "workers": 1}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "mlflow", "server", *words]
+    running = []
+    def start():
+        with open(folder / "log", "a") as log:
+            running.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try: check_is_there(f"http://127.0.0.1:{port}")
+            except MirrorError: time.sleep(0.2)
+            else: return f"http://127.0.0.1:{port}"
+        raise AssertionError((folder / "log").read_text()[-2000:])
+    def stop():
+        for one in running:
+            if one.poll() is None: os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+    yield start, stop
+    stop()
+
+
+def test_a_server_that_goes_away_and_comes_back(open_service, start_server, weights, tmp_path, caplog):
+    start, stop = start_server
+    uri = start()
+    service, client = open_service(uri), mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    content = service.add_content(weights)
+    first = create(service, model_content_id=content.id, is_pinned=True)
+    assert first.run_id == content.run_id and production(client) == first.id
+    assert (service.download_content(content.id, tmp_path / "back") / "metadata.json").is_file()
+    stop()
+    second = create(service)
+    service.pin_model("streets", second.id)
+    assert waiting(service) == 1 and len(warnings_of(caplog)) == 1
+    with pytest.raises(MirrorError, match="is away"): service.download_content(content.id, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    start()
+    assert service.sync(progress=False) == 1 and service.sync(progress=False, again=True) == 2
+    assert versions(client) == {1: first.id, 2: second.id} and production(client) == second.id
+
+
+SYNC = """
+import sys
+from semid import ModelService
+service = ModelService(sys.argv[1], mirror=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+print(service.sync(progress=False))
+"""
+
+
+def test_two_processes_sync_at_once(open_service, uri, client, tmp_path):
+    service = open_service(None)
+    models = [create(service, is_pinned=n == 3) for n in range(6)]
+    service.delete_model("streets", models[5].id)
+    command = [sys.executable, "-c", SYNC, tmp_path / "registry.db", uri]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for one in running: assert one.stdout.readline() == "ready\n"
+    said = [one.stdin.write("go\n") and one.stdin.flush() for one in running] and [
+        int(one.communicate(timeout=120)[0]) for one in running]
+    assert sum(said) == 6 and all(one.returncode == 0 for one in running)
+    assert sorted(versions(client).values()) == sorted(one.id for one in models[:5])
+    assert production(client) == models[3].id and waiting(service) == 0
+    runs = client.search_runs([client.get_experiment_by_name("semid-registry").experiment_id])
+    assert len(runs) == 5
+
+
+def test_threads_that_show_one_model_make_one_version(open_service, uri, client):
+    model = create(open_service(None))
+    shown = open_service(uri)
+    threads = [threading.Thread(target=shown._sync.try_to_show, args=[model.id]) for _ in range(6)]
+    for one in threads: one.start()
+    for one in threads: one.join()
+    assert versions(client) == {1: model.id} and waiting(shown) == 0
+
+
+KILLED = """
+import os, sys
+from semid import ModelService
+from semid.registry import sync
+from semid.registry.mirror import Mirror
+def stop(*_): os.kill(os.getpid(), 9)
+if sys.argv[3] == "before": sync.MirrorSync.try_to_show = stop
+elif sys.argv[3] == "after the version": Mirror.hide = stop
+else: sync._write = stop
+service = ModelService(sys.argv[1], mirror=sys.argv[2])
+service.create_model("streets", "YOLOv8", "yolov8n", is_pinned=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after the version", "before it is noted"])
+def test_killed_between_the_registry_and_mlflow(open_service, uri, client, tmp_path, when):
+    open_service(None)
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "registry.db", uri, when], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    service = open_service(uri)
+    [model] = service.iter_models("streets")
+    assert waiting(service) == 1 and len(client.search_model_versions()) == (when != "before")
+    assert service.sync(progress=False) == 1 and service.sync(progress=False) == 0
+    assert versions(client) == {1: model.id} and production(client) == model.id
+    runs = client.search_runs([client.get_experiment_by_name("semid-registry").experiment_id])
+    assert [run.info.run_id for run in runs] == [service.get_model("streets", model.id).run_id]
+
+
+def test_contents_come_back_as_they_were(service, client, weights, tmp_path):
+    content = service.add_content(weights)
+    assert [file.path for file in content.files] == ["heads/car.npz", "metadata.json"]
+    assert service.get_content(content.id) == content and content.created_by == "ada"
+    back = service.download_content(content.id, tmp_path / "back")
+    came = {path.relative_to(back).as_posix() for path in back.rglob("*") if path.is_file()}
+    assert came == {file.path for file in content.files}
+    assert all((back / name).read_bytes() == (weights / name).read_bytes() for name in came)
+    assert service.download_content(content.id, tmp_path / "back") == back
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith(".part")) == []
+    model = create(service, model_content_id=content.id)
+    version = client.get_model_version("streets.YOLOv8", "1")
+    assert model.run_id == content.run_id == version.run_id
+    assert version.source == f"{client.get_run(content.run_id).info.artifact_uri}/contents/{content.id}"
+    with pytest.raises(ConflictError, match="something else"):
+        service.download_content(content.id, weights / "heads")
+
+
+def test_a_file_goes_to_the_run_that_is_named(service, client, weights):
+    run = client.create_run(client.create_experiment("trainings")).info.run_id
+    content = service.add_content(weights / "metadata.json", "about-1", run)
+    assert (content.run_id, [file.path for file in content.files]) == (run, ["metadata.json"])
+    assert [one.path for one in client.list_artifacts(run, "contents")] == ["contents/about-1"]
+    assert client.get_run(run).info.status == "RUNNING"  # a run of others is not ended
+    assert service.add_content(weights / "metadata.json", "about-1").run_id == run
+    with pytest.raises(ConflictError, match="another content"): service.add_content(weights, "about-1")
+    with pytest.raises(LookupError, match="no run"): service.add_content(weights, run_id="f" * 32)
+
+
+def stored(tmp_path, content): return next((tmp_path / "mlartifacts").rglob(content.id))
+
+
+def flip(folder):
+    path = folder / "heads" / "car.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def link(folder):
+    (folder / "metadata.json").unlink()
+    (folder / "metadata.json").symlink_to("/etc/hostname")
+
+
+TAMPERING = {"a bit": flip, "cut off": lambda folder: os.truncate(folder / "metadata.json", 3),
+             "one more": lambda folder: (folder / "more.json").write_text("{}"),
+             "one less": lambda folder: (folder / "metadata.json").unlink(), "a link": link,
+             "all gone": shutil.rmtree}
+
+
+@pytest.mark.parametrize("how", TAMPERING)
+def test_tampered_artifacts_are_refused(service, weights, tmp_path, how):
+    content = service.add_content(weights)
+    TAMPERING[how](stored(tmp_path, content))
+    with pytest.raises((ModelFormatError, MirrorError)):
+        service.download_content(content.id, tmp_path / "to" / "back")
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def evil(path): path.write_bytes(pickle.dumps(print))
+def text(path): path.write_text("a")
+
+
+REFUSED = {
+    "pickle": ("a.json", evil), "named .pkl": ("a.pkl", text), "named .pt": ("a.PT", text),
+    "objects": ("a.npy", lambda path: np.save(path, np.array([{}], object), allow_pickle=True)),
+    "archive": ("a.npz", lambda path: np.savez(path, a=np.array([{}], object))),
+    "link out": ("a.json", lambda path: path.symlink_to("/etc/hostname")),
+    "link to a folder": ("a", lambda path: path.symlink_to("/etc")), "device": ("a.json", os.mkfifo),
+    "dangling": ("a.json", lambda path: path.symlink_to("nothing")), "empty": ("a.json", Path.touch),
+    "odd name": ("a%2e.json", text), "back slash": ("a\\b", text), "new line": ("a\nb", text)}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_can_not_be_a_content(service, client, weights, what):
+    name, make = REFUSED[what]
+    make(weights / name)
+    with pytest.raises((DataError, ModelFormatError)): service.add_content(weights)
+    assert client.get_experiment_by_name("semid-registry") is None  # nothing was sent
+
+
+def test_ids_that_lead_elsewhere_are_refused(service, weights, tmp_path):
+    for bad in "..", ".", "../x", "a/b", "/etc", "a\0", "x" * 129:
+        with pytest.raises(DataError): service.add_content(weights, bad)
+    (tmp_path / "nothing").mkdir()
+    for path in tmp_path / "nothing", tmp_path / "missing":
+        with pytest.raises(DataError): service.add_content(path)
+    assert not (tmp_path / "mlartifacts").exists()
+
+
+def test_what_a_killed_upload_left_is_made_whole(service, client, weights, tmp_path):
+    run = client.create_run(client.create_experiment("trainings", artifact_location=(
+        tmp_path / "mlartifacts").as_uri())).info.run_id
+    (tmp_path / "part").write_text('{"ty')
+    shutil.copy(tmp_path / "part", tmp_path / "metadata.json")
+    client.log_artifact(run, tmp_path / "metadata.json", "contents/yolo-1")
+    content = service.add_content(weights, "yolo-1", run)
+    back = service.download_content(content.id, tmp_path / "back")
+    assert json.loads((back / "metadata.json").read_text()) == {"type": "YOLO"}
+
+
+def test_without_a_mirror_mlflow_is_not_imported(tmp_path):
+    code = ("import sys; from semid import ModelService; s = ModelService(sys.argv[1])\n"
+            "s.create_dataset('d'); s.create_model('d', 'a', 'b', is_pinned=True)\n"
+            "print('mlflow' in sys.modules)")
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, "-c", code, tmp_path / "registry.db"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
