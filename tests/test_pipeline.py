@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from semid import ModelService
 from semid.features import read_features
 from semid.semantic_ids.encoding import read_ids
 
@@ -145,6 +146,30 @@ def test_the_runs_hang_under_one_parent(copy):
     report = next(r for r in children if r.data.tags["semid.stage"] == "report")
     assert "relative_mse" in report.data.metrics and report.data.params["report.k"] == "10"
     assert "sweep.csv" in {a.path for a in client.list_artifacts(report.info.run_id)}
+
+
+def test_what_was_trained_is_registered(copy, tmp_path):
+    import mlflow
+    uri = f"sqlite:///{copy / 'mlflow.db'}"
+    service = ModelService(copy / "registry.db", mirror=uri)
+    models = {model.name: model for model in service.iter_models("pipeline")}
+    assert sorted(models) == ["k-means", "quality", "quantiser", "ranking", "sweep-winner"]
+    assert [name for name, model in models.items() if model.is_pinned] == ["sweep-winner"]
+    for model in models.values(): assert model.training_data_count > 0 and model.is_trained and model.run_id
+    assert len(models["quality"].training_classes) == 16 and 0 < models["ranking"].average_ap < 1
+    assert len(models["sweep-winner"].meta["metrics"]["relative_mse_per_level"]) >= 1
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    winner = client.get_model_version_by_alias("pipeline.sweep-winner", "production")
+    assert winner.tags["semid.model_id"] == models["sweep-winner"].id
+    tags = {name: client.get_run(model.run_id).data.tags for name, model in models.items()}
+    stages = {name: found.get("semid.stage") for name, found in tags.items()}
+    assert stages == {"quality": "train_quality", "ranking": "train_ranking", "k-means": "cluster",
+                      "quantiser": "fit_ids", "sweep-winner": None}
+    back = service.download_content(models["sweep-winner"].model_content.id, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in back.iterdir()} == {
+        path.name: path.read_bytes() for path in (copy / "data" / "report" / "model").iterdir()}
+    told = (copy / "data" / "registry" / "registered.json").read_text()
+    assert not [model.id for model in models.values() if model.id in told or model.run_id in told]
 
 
 def test_again_runs_nothing_and_forced_gives_the_same_bytes(copy):
