@@ -252,9 +252,9 @@ def _content_routes(within, fetched, most, seconds):
 
     return routes
 
-_PATTERNS = [json.dumps(pattern) for pattern in (r"^[\w.:@-]+$", ID_PATTERN)]
+_OURS, _THEIRS = json.dumps(r"^[\w.:@-]+$"), json.dumps(ID_PATTERN)
 
-def _described(app): return json.loads(json.dumps(FastAPI.openapi(app)).replace(*_PATTERNS))
+def _described(app): return json.loads(json.dumps(FastAPI.openapi(app)).replace(_OURS, _THEIRS))
 
 def _is_file(scope): return scope["method"] == "PUT"  # what comes in as a file has limits of its own
 
