@@ -9,7 +9,8 @@ from semid import ConflictError, MirrorError, ModelService, ModelTrainClass
 from semid.config import ConfigError, DataError, ModelFormatError
 from semid.registry.mirror import mirror_name
 from semid.registry.stores import check_is_there
-from semid.registry.sync import outstanding
+from semid.registry.sync import _alone, outstanding
+from test_registry import postgres  # noqa: F401
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -315,13 +316,37 @@ def test_two_processes_sync_at_once(open_service, uri, client, tmp_path):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     running = [subprocess.Popen(command, **pipes) for _ in range(2)]
     for one in running: assert one.stdout.readline() == "ready\n"
-    said = [one.stdin.write("go\n") and one.stdin.flush() for one in running] and [
-        int(one.communicate(timeout=120)[0]) for one in running]
-    assert sum(said) == 6 and all(one.returncode == 0 for one in running)
+    for one in running: print("go", file=one.stdin, flush=True)
+    assert sum(int(one.communicate(timeout=120)[0]) for one in running) == 6
     assert sorted(versions(client).values()) == sorted(one.id for one in models[:5])
     assert production(client) == models[3].id and waiting(service) == 0
     runs = client.search_runs([client.get_experiment_by_name("semid-registry").experiment_id])
     assert len(runs) == 5
+
+
+def test_two_processes_sync_one_postgresql(postgres, uri, client):  # noqa: F811
+    service = ModelService(postgres, user="ada", mirror=None)
+    service.create_dataset("streets")
+    models = [create(service, is_pinned=n == 1) for n in range(4)]
+    command = [sys.executable, "-c", SYNC, postgres, uri]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for one in running: assert one.stdout.readline() == "ready\n"
+    for one in running: print("go", file=one.stdin, flush=True)
+    assert sum(int(one.communicate(timeout=120)[0]) for one in running) == 4
+    assert sorted(versions(client).values()) == sorted(one.id for one in models)
+    assert production(client) == models[1].id and waiting(service) == 0
+
+
+@pytest.mark.parametrize("where", ["sqlite", "postgresql"])
+def test_who_shows_a_model_waits_for_others_only_so_long(where, request, tmp_path, uri, caplog):
+    url = tmp_path / "registry.db" if where == "sqlite" else request.getfixturevalue("postgres")
+    service = ModelService(url, user="ada", mirror=uri)
+    service.create_dataset(f"waiting-{where}")
+    service._sync.wait = 0.3
+    with _alone(service.database, 1): model = service.create_model(f"waiting-{where}", "a", "b")
+    assert len(warnings_of(caplog)) == 1 and service.get_model(f"waiting-{where}", model.id).run_id is None
+    assert service.sync(progress=False) == 1
 
 
 def test_threads_that_show_one_model_make_one_version(open_service, uri, client):
