@@ -436,6 +436,29 @@ def test_a_missing_package_is_told_and_the_rest_is_done(tmp_path, second, monkey
     assert "regressor" in read_manifest(tmp_path)
 
 
+def test_a_regressor_trained_among_models_is_written_down(tmp_path, mirror):
+    download_models(tmp_path / "m", ["regressor"], source=mirror, **SILENT)
+    (tmp_path / "data.json").write_text(json.dumps(sample_moments(60, 1)))
+    words = ["train-boundary", tmp_path / "data.json", tmp_path / "m" / "regressor", "--epochs", 1, "-q"]
+    done = semid(*words)
+    assert done.returncode == 0 and "which chose the epoch" in done.stdout, done.stderr
+    assert read_manifest(tmp_path / "m")["regressor"]["source"] == "trained by you"
+    assert semid("verify", "--models-dir", tmp_path / "m").returncode == 0
+
+
+def test_a_kill_while_a_regressor_is_trained_is_no_obstacle(tmp_path, tiny, mirror):
+    killed = ("import os, signal, semid.training as training\n"
+              "def write(*_, known=training._write_checkpoint):\n"
+              "    known(*_)\n"
+              "    os.kill(os.getpid(), signal.SIGKILL)\n"
+              "training._write_checkpoint = write\n")
+    words = ["download", "--regressor-only", "--source", mirror.as_uri(), "--models-dir", str(tmp_path), "-q"]
+    process = subprocess.run([sys.executable, "-c", killed + START, str(tiny), "models", *words])
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "regressor").iterdir()] == ["last"]
+    assert semid(*words).returncode == 0 and verify_models(tmp_path) == {"regressor": []}
+
+
 @pytest.fixture
 def copied(prepared, tmp_path):
     shutil.copytree(prepared[0], tmp_path / "models")

@@ -102,6 +102,9 @@ def test_threads(exported):
         found = [*pool.map(lambda order: reranker.score(QUESTION, [TEXTS[i] for i in order]), shuffled)]
     for order, scores in zip(shuffled, found): assert np.abs(scores - expected[order]).max() < 1e-5
     assert len(reranker._kept) == 5
+    reader = Reranker(folder / "onnx", cache=0)
+    with ThreadPoolExecutor(8) as pool: [*pool.map(lambda _: reader.score(QUESTION, TEXTS), range(40))]
+    assert reader.n_read == 40 * len(TEXTS)
 
 
 def test_weights_that_are_pickled_are_refused(exported, tmp_path):
