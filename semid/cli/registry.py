@@ -245,11 +245,15 @@ def _cell(value) -> Any:
     return "" if value is None else value
 
 @registry.command()
-def sync(where: Where = None, quiet: Quiet = False):
+def sync(
+    again: Annotated[bool, typer.Option("--again", help="Also what it shows, after it lost data.")] = False,
+    where: Where = None,
+    quiet: Quiet = False,
+):
     "Show in MLflow what it has not been shown yet, such as what was changed while it was away."
     service = open_registry(where)
     if not hasattr(service, "sync"): raise ConfigError("A registry is synchronised where it is kept.")
-    typer.echo(f"{service.sync(progress=not quiet):,} models shown in MLflow")
+    typer.echo(f"{service.sync(not quiet, again):,} models shown in MLflow")
 
 @registry.command()
 def serve(
