@@ -36,7 +36,7 @@ def readme_text() -> str:
 
 def pages() -> list[Path]:
     "The notebooks in reading order: index, the hall, the rooms, the door."
-    rooms = ["", "quality", "clustering", "semantic_ids", "cli"]
+    rooms = ["", "quality", "ranking", "clustering", "semantic_ids", "serving", "models", "registry", "cli"]
     found = sorted((ROOT / "nbs").rglob("*.ipynb"))
     found = [p for p in found if not p.name.startswith("_") and ".ipynb_checkpoints" not in p.parts]
     room = lambda p: rooms.index(p.parent.name.replace("nbs", ""))

@@ -131,7 +131,7 @@ def order_of(
 
 def _scope(dataset_id, models_filter, order_by, deleted):
     "What a cursor is valid for."
-    asked = models_filter.model_dump(mode="json", exclude_none=True) if models_filter else {}
+    asked = models_filter.model_dump(mode="json") if models_filter else {}
     told = json.dumps([dataset_id, asked, order_by, deleted], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
