@@ -1,5 +1,5 @@
 "Notebooks run and are clean, stages read what they are given; rooms import only from rooms above them."
-import ast, configparser, json, re, subprocess, sys
+import ast, configparser, importlib.util, json, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,6 +100,43 @@ def test_what_is_expected_to_fail_is_run(path):
     entered = [item.context_expr for tree in code for n in ast.walk(tree) if isinstance(n, ast.With)
                for item in n.items]
     assert not [ast.unparse(call) for call in calls if call not in entered]
+
+
+@pytest.fixture(scope="module")
+def docs():
+    spec = importlib.util.spec_from_file_location("docs", ROOT / "docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def texts_of(path):
+    "What a page says in Markdown."
+    if path.suffix == ".md": return [path.read_text()]
+    return [source_of(cell) for cell in cells_of(path) if cell["cell_type"] == "markdown"]
+
+
+@of([*sorted(ROOT.glob("*.md")), *NOTEBOOKS])
+def test_links_lead_somewhere(path, docs):
+    links = [link.partition("#")[0] for text in texts_of(path) for link in docs.LINK.findall(text)]
+    folder = path.parent.relative_to(ROOT).as_posix()
+    assert not [link for link in links if not (ROOT / docs.linked(link, folder)).exists()]
+
+
+def test_the_index_has_all_chapters_in_reading_order(docs):
+    text = "\n".join(texts_of(ROOT / "nbs" / "index.ipynb")).partition("## Chapters")[2]
+    links = [link for link in docs.LINK.findall(text) if link.endswith(".ipynb") and link != "scale.ipynb"]
+    there = [name_of(path) for path in docs.pages() if path.stem not in ("index", "scale")]
+    assert [f"nbs/{link}" for link in links] == there
+    assert {*docs.pages()} == {*NOTEBOOKS}
+
+
+def test_addresses_in_the_site(docs):
+    assert docs.address("experiments/benchmarks/nearest.md", "nbs/index.ipynb") == "benchmarks/nearest/"
+    assert docs.address("experiments/benchmarks/nearest.md", "nbs/scale.ipynb") == "../benchmarks/nearest/"
+    assert docs.address("nbs/index.ipynb", "nbs/cli/00_options.ipynb") == "../../"
+    assert docs.address("CHANGELOG.md", "nbs/index.ipynb") == "changelog/"
+    assert docs.address("docs/prefixes.png", "nbs/index.ipynb") == "docs/prefixes.png"
 
 
 def commands():
