@@ -93,10 +93,11 @@ def navigation() -> list[dict]:
     inside = [p for p in notebooks if p.stem not in ("index", "scale")]
     chapters = [{name: [entry(p) for p in inside if p.parent.name == folder]}
                 for folder, name in CHAPTERS.items()]
-    index, scale = ([entry(p) for p in notebooks if p.stem == stem] for stem in ("index", "scale"))
-    benchmarks = {"Benchmarks": [entry(p) for p in sorted((ROOT / BENCHMARKS).glob("*.md"))]}
+    scale = [entry(p) for p in notebooks if p.stem == "scale"]
+    tables = sorted((ROOT / BENCHMARKS).glob("*.md"))
+    benchmarks = {"Benchmarks": [{p.stem: in_site(f"{BENCHMARKS}/{p.name}")} for p in tables]}
     about = [entry(ROOT / name) for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
-    return [*index, *chapters, *scale, benchmarks, *about]
+    return [{"Overview": "index.ipynb"}, *chapters, *scale, benchmarks, *about]
 
 
 def site() -> None:
