@@ -49,10 +49,10 @@ def _errors(url):
     try: yield
     except exc.IntegrityError: raise
     except exc.DataError as e:
-        why = str(e.orig).strip().rstrip(".")
+        why = " ".join(str(e.orig).split()).rstrip(".")
         raise DataError(f"The registry {shown(url)} can't keep this: {why}.") from e
     except exc.DBAPIError as e:
-        why = str(e.orig).strip().rstrip(".")
+        why = " ".join(str(e.orig).split()).rstrip(".")
         if "not a database" in why or "malformed" in why:
             raise ModelFormatError(f"{shown(url)} is no database, or it is damaged: {why}.") from e
         hint = "another process holds it: try again" if "locked" in why else "is it there, and writable?"
