@@ -170,7 +170,10 @@ def safe_key(
 
 # %% ../../nbs/registry/03_stores.ipynb #e8300020
 class LateError(MirrorError):
-    "MLflow has not answered yet."
+    "MLflow has not answered yet; `thread` still waits for it."
+    def __init__(self, said, thread=None):
+        super().__init__(said)
+        self.thread = thread
 
 def prepare(
     uri,   # of MLflow
@@ -193,8 +196,10 @@ def within(
     def work():
         try: answer.set_result(context.run(run))
         except BaseException as e: answer.set_exception(e)  # noqa: BLE001  (raised by whoever asked)
-    threading.Thread(target=work, name="semid-mirror", daemon=True).start()
+    thread = threading.Thread(target=work, name="semid-mirror", daemon=True)
+    thread.start()
     try: return answer.result(seconds)
     except TimeoutError:
         if answer.done(): raise  # its own
-        raise LateError(f"MLflow at {shown_uri(uri)} has not answered in {seconds:g} seconds.") from None
+        said = f"MLflow at {shown_uri(uri)} has not answered in {seconds:g} seconds."
+        raise LateError(said, thread) from None
