@@ -261,8 +261,10 @@ def _content_routes(within, fetched, most, seconds, waiting):
             return await keep(service, path, content_id, run_id, folder)
 
     @routes.put("/contents/{content_id}", status_code=201, openapi_extra=_BYTES)
-    async def add_folder(request: Request, service: Service, content_id: str, run_id: _Run = None) -> ModelContent:
-        "Store a folder: a line of JSON that lists its files (path, sha256, size), and then all of their bytes."
+    async def add_folder(
+        request: Request, service: Service, content_id: str, run_id: _Run = None,
+    ) -> ModelContent:
+        "Store a folder: a line of JSON that lists its files (path, sha256, size), then the bytes of each."
         with tempfile.TemporaryDirectory(prefix="semid-registry-") as home:
             body, folder = Path(home, "body"), Path(home, "files")
             await receive(request, body, most, seconds)

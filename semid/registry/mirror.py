@@ -232,7 +232,8 @@ class Mirror:
         "Say which version is in production, unless somebody else has said it of one of theirs."
         with open_client(self.uri) as client, _unless_missing():
             now = client.get_registered_model(name).aliases.get(_ALIAS)
-            if now is not None and client.get_model_version(name, now).tags.get("semid.registry") != self.registry:
+            owner = now and client.get_model_version(name, now).tags.get("semid.registry")
+            if now is not None and owner != self.registry:
                 if version is not None: _log_taken(name, now)
             elif version is None and now is not None: client.delete_registered_model_alias(name, _ALIAS)
             elif str(now) != str(version): client.set_registered_model_alias(name, _ALIAS, version)

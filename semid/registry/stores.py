@@ -165,7 +165,8 @@ def safe_key(
     whole = ".".join(parts)
     safe = re.sub(r"[^\w\-. ]", "_", whole)[:190]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-    is_plain = safe == whole and not any("." in part for part in parts) and not re.search("-[0-9a-f]{8}$", safe)
+    has_dots = any("." in part for part in parts)
+    is_plain = safe == whole and not has_dots and not re.search("-[0-9a-f]{8}$", safe)
     return safe if is_plain else f"{safe}-{digest}"
 
 # %% ../../nbs/registry/03_stores.ipynb #e8300020

@@ -84,7 +84,8 @@ def packed(
     def all_of_it():
         yield line
         for file in files:
-            with open(Path(folder, *file.path.split("/")), "rb") as here: yield from iter(lambda: here.read(PORTION), b"")
+            with open(Path(folder, *file.path.split("/")), "rb") as here:
+                while data := here.read(PORTION): yield data
     return len(line) + sum(file.size for file in files), all_of_it()
 
 def _listed(body, size):
@@ -92,11 +93,12 @@ def _listed(body, size):
     line = body.readline(_MOST_LINE)
     if not line.endswith(b"\n"): raise DataError("A folder begins with a line that lists its files as JSON.")
     try: files = _FILES.validate_json(line)
-    except ValidationError: raise DataError("The list of a folder's files has path, sha256 and size of each.") from None
+    except ValidationError:
+        raise DataError("The list of a folder's files has path, sha256 and size of each.") from None
     if not 0 < len(files) <= MOST_FILES:
         raise DataError(f"The folder has {len(files):,} files: a content has 1 to {MOST_FILES:,}.")
     if len(line) + sum(file.size for file in files) != size:
-        raise DataError("The folder did not arrive as it was sent: it is longer or shorter than its list says.")
+        raise DataError("The folder did not arrive as it was sent: its list says another length.")
     return files
 
 def _copy(body, file, path):
