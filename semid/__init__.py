@@ -50,7 +50,8 @@ _HOME = {
     "models.onnx": "export_encoder quantize_encoder",
     "models.prepare": "download_models list_models verify_models",
     "models.reranker": "Reranker export_reranker",
-    "registry.entities": "Model ModelTrainClass NotFoundError ConflictError Undefined",
+    "registry.entities": "Change ConflictError Dataset Model ModelContent ModelPageInfo ModelTrainClass "
+                         "NotFoundError Slice Undefined",
     "registry.filters": "ClassAP ModelsFilter ModelsFilterOptions",
     "registry.stores": "MirrorError",
     "registry.slices": "SliceService",

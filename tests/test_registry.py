@@ -17,6 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from semid import (ClassAP, ConflictError, DataError, ModelService, ModelsFilter, ModelsFilterOptions,
                    ModelTrainClass, NotFoundError, Undefined)
+from semid.config import SemidError
 from semid.registry.tables import TABLES
 
 
@@ -314,6 +315,45 @@ def test_two_processes_write_at_once(service, url):
     assert all([one.id for one in model.training_slices] == ["train"] for model in made)
 
 
+UPDATER = """
+import sys
+from semid import ModelService, ModelTrainClass
+service, n = ModelService(sys.argv[1], mirror=None), 0
+print("ready", flush=True)
+while True:
+    n += 1
+    classes = [ModelTrainClass(class_name=str(i), ap=0.5) for i in range(n % 7)]
+    service.update_model("d", sys.argv[2], description=str(n % 7), training_classes=classes)
+"""
+
+
+def test_a_model_is_read_as_it_was_at_one_time(service, url):
+    model = service.create_model("d", "a", "net", description="0")
+    words = [sys.executable, "-c", UPDATER, url, model.id]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        try:
+            seen = set()
+            for _ in range(300):
+                now = service.get_model("d", model.id)
+                assert now.description == str(len(now.training_classes))
+                (now,), _, _ = service.get_models("d")
+                assert now.description == str(len(now.training_classes))
+                seen.add(now.revision)
+        finally: other.kill()
+    assert len(seen) > 3
+
+
+def test_two_who_want_the_same_id(url, service):
+    from concurrent.futures import ThreadPoolExecutor
+    def tried(n):
+        try: return service.create_model("d", "a", "net", model_id=f"m{n // 4}").id
+        except ConflictError: return None
+    with ThreadPoolExecutor(4) as pool: made = [*pool.map(tried, range(40))]
+    assert sorted(filter(None, made)) == sorted(f"m{n}" for n in range(10))
+    assert service.get_models("d")[2] == 10
+
+
 def test_one_of_two_who_saw_the_same_revision_loses(service, url):
     model = service.create_model("d", "a", "net")
     other = ModelService(url, user="bob", mirror=None)
@@ -400,6 +440,28 @@ def test_what_can_not_be_a_model_leaves_nothing(service):
     assert service.get_models("d") == ([], None, 0)
     for dataset in None, "", 7:
         with pytest.raises(DataError, match="dataset_id is required"): service.get_models(dataset)
+
+
+def test_what_was_read_and_spoilt_is_refused(service):
+    car = ModelTrainClass(class_name="car", ap=0.5)
+    model = service.create_model("d", "a", "net", training_classes=[car])
+    with pytest.raises(ValueError, match="less than or equal to 1"): model.training_classes[0].ap = 7.5
+    model.training_classes[0].__dict__["ap"] = 7.5
+    with pytest.raises(DataError, match="less than or equal to 1"):
+        service.update_model("d", model.id, training_classes=model.training_classes)
+    with pytest.raises(DataError, match="2\\^63"): service.update_model("d", model.id, meta={"a": 10**5000})
+    with pytest.raises(DataError, match="128"): service.update_model("d", model.id, run_id="x" * 200)
+    with pytest.raises(DataError, match="trained_at"):
+        service.update_model("d", model.id, is_trained=True, trained_at=None)
+    many = ModelsFilter(must_filter=ModelsFilterOptions(meta={str(n): n for n in range(1100)}))
+    with pytest.raises(DataError, match="300 conditions"): service.get_models("d", many)
+    assert service.get_model("d", model.id).revision == 1
+
+
+def test_a_password_is_not_told():
+    with pytest.raises(SemidError, match=r"registry postgresql\+psycopg://127.0.0.1:1/db can't") as told:
+        ModelService("postgresql+psycopg://127.0.0.1:1/db?user=me&password=s3cret")
+    assert "s3cret" not in str(told.value)
 
 
 def test_a_file_that_is_no_database_is_left_alone(tmp_path):

@@ -419,7 +419,7 @@ def test_a_content_that_was_damaged_is_not_given(service, tmp_path, monkeypatch)
 # The other side
 
 
-def counting(status, body=b"<html>Bad Gateway</html>"):
+def counting(status, body=b"<html>Bad Gateway</html>", wait=0.0):
     "A server that answers everything alike, and what it was asked."
     asked = []
     class Handler(BaseHTTPRequestHandler):
@@ -427,6 +427,7 @@ def counting(status, body=b"<html>Bad Gateway</html>"):
         def _answer(self):
             asked.append(self.command)
             self.rfile.read(int(self.headers.get("content-length", 0)))
+            time.sleep(wait)
             self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -444,8 +445,7 @@ READS = [lambda on: on.get_datasets(), lambda on: on.get_slices("d"), lambda on:
 CHANGES = [lambda on: on.create_dataset("d"), lambda on: on.create_slice("d", "s"),
            lambda on: on.create_model("d", "a", "b"), lambda on: on.update_model("d", "m", name="a"),
            lambda on: on.pin_model("d", "m"), lambda on: on.unpin_model("d", "m"),
-           lambda on: on.delete_model("d", "m"), lambda on: on.restore_model("d", "m"),
-           lambda on: on.add_content(__file__)]
+           lambda on: on.delete_model("d", "m"), lambda on: on.restore_model("d", "m")]
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
@@ -477,6 +477,91 @@ def test_a_change_whose_connection_breaks_is_not_made_twice():
             with pytest.raises(SemidError, match="gave no answer"): client.get_model("d", "m")
             assert len(asked) == 4
     assert not any(TOKEN.encode() in one for one in asked)
+
+
+def test_weights_are_kept_though_every_answer_is_lost(service, serve, tmp_path):
+    "Between client and registry, each first answer is thrown away."
+    port, lost = serve(create_registry_app(service)), []
+    class Careless(BaseHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def _pass_on(self):
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            answer = httpx.request(self.command, f"http://localhost:{port}{self.path}", content=body,
+                                   headers=headers, timeout=60, trust_env=False)
+            if (asked := (self.command, self.path)) not in lost:
+                lost.append(asked)
+                return self.connection.close()
+            self.send_response(answer.status_code)
+            self.send_header("content-length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+        do_GET = do_PUT = _pass_on
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Careless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "model" / "deep").mkdir(parents=True)
+    for name in "a.json", "deep/b.json": (tmp_path / "model" / name).write_text(name)
+    with RegistryClient(f"http://127.0.0.1:{server.server_port}") as client:
+        for path in tmp_path / "model", tmp_path / "model" / "a.json":
+            content = client.add_content(path)
+            back = client.download_content(content.id, tmp_path / content.id)
+            for file in content.files:
+                assert (back / file.path).read_text() == file.path
+    assert sorted(method for method, _ in lost) == ["GET"] * 5 + ["PUT"] * 2
+    assert rows(service)["registry_contents"] == 2
+    server.shutdown()
+    server.server_close()
+
+
+def test_weights_that_a_gateway_swallows_are_sent_again():
+    for status, times in (502, 3), (504, 3), (503, 1):  # 503 is the registry's own: nothing was lost
+        server, asked = counting(status)
+        with RegistryClient(f"http://127.0.0.1:{server.server_port}", TOKEN, retries=2) as client:
+            with pytest.raises(SemidError, match=str(status)): client.add_content(__file__)
+        assert asked.count("PUT") == times
+        server.shutdown()
+        server.server_close()
+
+
+def test_weights_may_take_their_time(tmp_path):
+    "An answer that comes after the usual timeout, but within that of transfers."
+    digest = hashlib.sha256(b"weights").hexdigest()
+    whole = hashlib.sha256(f"{digest}  w.npz\n".encode()).hexdigest()
+    files = [{"path": "w.npz", "sha256": digest, "size": 7}]
+    body = json.dumps({"id": "c", "sha256": whole, "files": files}).encode()
+    server, asked = counting(201, body, wait=1.0)
+    (tmp_path / "w.npz").write_bytes(b"weights")
+    with RegistryClient(f"http://127.0.0.1:{server.server_port}", timeout=0.3, retries=0) as client:
+        assert client.add_content(tmp_path / "w.npz", "c").sha256 == whole
+        with pytest.raises(SemidError, match="none in 0.3 s"): client.get_content("c")
+    with RegistryClient(f"http://127.0.0.1:{server.server_port}", timeout=0.3, retries=0,
+                        transfer_timeout=0.4) as client:
+        with pytest.raises(SemidError, match="none in 0.4 s"): client.add_content(tmp_path / "w.npz", "c")
+    server.shutdown()
+    server.server_close()
+
+
+def test_folders_that_are_not_what_they_say(service):
+    client = TestClient(create_registry_app(service, max_file=1000), base_url="http://localhost")
+    def put(body, place="/contents/c"):
+        return client.put(place, content=body, headers={"content-type": "application/octet-stream"})
+    def folder(*named):
+        files = [{"path": name, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+                 for name, data in named]
+        return json.dumps(files).encode() + b"\n" + b"".join(data for _, data in named)
+    for name in "../evil", "/tmp/evil", "a/../../evil", "..\\evil", "C:evil", "a\nb", ".", "a//b", "a.pkl":
+        assert put(folder((name, b"evil"))).status_code == 400, name
+    good = folder(("a.json", b"{}"), ("b/c.json", b"[]"))
+    for bad in b"", b"\n", b"[]\n", b"{}\n", good[:-1], good + b"a", good.replace(b"{}", b"[]"), b"[" * 900, \
+            folder(("a.json", b"{}"), ("a.json", b"{}")), folder(("a", b"{}"), ("a/b", b"{}")):
+        assert put(bad).status_code == 400, bad
+    assert put(folder(("a.json", b"a" * 1000))).status_code == 413
+    assert rows(service)["registry_contents"] == 0
+    answer = put(good)
+    assert answer.status_code == 201 and put(good).json() == answer.json()
+    assert [file["path"] for file in answer.json()["files"]] == ["a.json", "b/c.json"]
+    assert client.get("/contents/c/files/b/c.json").content == b"[]"
+    assert put(folder(("a.json", b"{}"))).status_code == 409
 
 
 def test_the_token_goes_nowhere_else():

@@ -1,5 +1,7 @@
 "The registry and MLflow: what is shown there, contents, MLflow away, two processes at once, kill -9."
 import json, logging, os, pickle, shutil, signal, socket, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +171,47 @@ def test_registries_that_share_an_mlflow_keep_apart(open_service, uri, client, t
     theirs.create_dataset("streets")
     a, b = (create(one, model_id="yolo", is_pinned=True) for one in (ours, theirs))
     assert len(versions(client)) == 2 and a.run_id != b.run_id
+    def alias(): return client.get_registered_model("streets.YOLOv8").aliases.get("production")
+    assert str(alias()) == "1"  # who was first keeps it
+    theirs.unpin_model("streets", "yolo")
+    theirs.pin_model("streets", "yolo")
+    assert str(alias()) == "1"
     ours.delete_model("streets", "yolo", force=True)
-    assert [*versions(client)] == [2] and production(client) == "yolo"
+    assert [*versions(client)] == [2] and alias() is None
+    theirs.sync(progress=False, again=True)
+    assert str(alias()) == "2"
+
+
+def test_an_alias_that_a_person_set_stays(service, client, caplog):
+    first, second = create(service, is_pinned=True), create(service)
+    alias = lambda: client.get_registered_model("streets.YOLOv8").aliases.get("production")
+    client.set_registered_model_alias("streets.YOLOv8", "production", "2")
+    for model in first, second: service.update_model("streets", model.id, description="told anew")
+    assert str(alias()) == "2"  # nobody pinned anything
+    by_hand = client.create_model_version("streets.YOLOv8", "file:///theirs").version
+    client.set_registered_model_alias("streets.YOLOv8", "production", by_hand)
+    with caplog.at_level(logging.WARNING): service.pin_model("streets", second.id)
+    service.unpin_model("streets", first.id)
+    assert str(alias()) == str(by_hand) and "stays it" in caplog.text and waiting(service) == 0
+    client.delete_registered_model_alias("streets.YOLOv8", "production")
+    service.sync(progress=False, again=True)
+    assert production(client) == second.id
+
+
+def test_models_of_one_run_do_not_overwrite_each_other(service, client):
+    run = client.create_run(client.create_experiment("trainings")).info.run_id
+    first = create(service, run_id=run, training_parameters={"epochs": 1})
+    bus = ModelTrainClass(class_name="bus", ap=0.25)
+    second = service.create_model("streets", "other", "b", training_classes=[bus], run_id=run)
+    assert first.run_id == second.run_id == run
+    found = client.get_run(run).data
+    assert found.metrics["semid.average_ap"] == 0.85 and "semid.ap.bus" not in found.metrics
+    told = lambda name: json.loads(client.get_model_version(f"streets.{name}", "1").tags["semid.aps"])
+    assert [told("YOLOv8"), told("other")] == [{"car.box": 0.85}, {"bus": 0.25}]
+    service.update_model("streets", first.id, training_classes=[bus], training_parameters={"epochs": 2})
+    tags = client.get_model_version("streets.YOLOv8", "1").tags
+    assert told("YOLOv8") == {"bus": 0.25} and json.loads(tags["semid.training_parameters"]) == {"epochs": 2}
+    assert client.get_run(run).data.metrics == found.metrics
 
 
 def warnings_of(caplog): return [one for one in caplog.records if one.name == "semid.registry"]
@@ -204,6 +245,54 @@ def test_a_server_that_does_not_answer_costs_seconds(open_service, caplog):
     assert len(warnings_of(caplog)) == 1 and service.get_model("streets", model.id).is_pinned
 
 
+@pytest.fixture
+def refusing():
+    "A server that says that it is well, and refuses all else."
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def _answer(self):
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200 if self.path == "/health" else 503)
+            self.send_header("content-length", "0")
+            self.end_headers()
+        do_GET = do_POST = do_PATCH = _answer
+    asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_is_healthy_but_refuses_costs_seconds(open_service, refusing, caplog):
+    uri, asked = refusing
+    service = open_service(uri)
+    start = time.perf_counter()
+    model = create(service)
+    first = time.perf_counter() - start
+    service.pin_model("streets", model.id)
+    for n in range(20): create(service, f"m{n}")
+    assert first < 8 and time.perf_counter() - start < 12
+    [said] = warnings_of(caplog)
+    assert "has not answered in 5 seconds" in said.getMessage() and len(asked) > 1
+    service._sync._not_before = 0  # a minute later, the first is still being tried
+    start = time.perf_counter()
+    create(service)
+    assert time.perf_counter() - start < 2 and waiting(service) == 22
+    service._sync.wait = 0.5
+    with pytest.raises(MirrorError, match="Another process is showing|has not answered"):
+        service.sync(progress=False)
+
+
+def test_a_process_ends_though_mlflow_does_not_answer(refusing, tmp_path):
+    code = ("import sys; from semid import ModelService; s = ModelService(sys.argv[1], mirror=sys.argv[2])\n"
+            "s.create_dataset('d'); print(s.create_model('d', 'a', 'b').name)")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "registry.db", refusing[0]], timeout=60,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "a") and "Traceback" not in done.stderr
+
+
 def test_another_attempt_comes_after_a_while(open_service, uri, client, caplog):
     service = open_service(REFUSING)
     first = create(service)
@@ -222,9 +311,9 @@ def test_a_model_that_mlflow_refuses_does_not_hold_up_the_others(open_service, u
     bad, good = create(service, "bad"), create(service, "good")
     shown = open_service(uri)
     show = shown._sync.mirror.show
-    def refuse(model, runs):
+    def refuse(model, runs, shared):
         if model.id == bad.id: raise MirrorError("MLflow says: no.")
-        return show(model, runs)
+        return show(model, runs, shared)
     monkeypatch.setattr(shown._sync.mirror, "show", refuse)
     with pytest.raises(MirrorError, match="1 models were shown and 1 were not.*MLflow says: no"):
         shown.sync(progress=False)
@@ -346,7 +435,18 @@ def test_who_shows_a_model_waits_for_others_only_so_long(where, request, tmp_pat
     service._sync.wait = 0.3
     with _alone(service.database, 1): model = service.create_model(f"waiting-{where}", "a", "b")
     assert len(warnings_of(caplog)) == 1 and service.get_model(f"waiting-{where}", model.id).run_id is None
+    with _alone(service.database, 1), pytest.raises(MirrorError, match="Another process is showing models"):
+        service.sync(progress=False)
     assert service.sync(progress=False) == 1
+
+
+def test_many_threads_on_one_postgresql_hold_each_other_up_only_so_long(postgres, uri, client):  # noqa: F811
+    service = ModelService(postgres, user="ada", mirror=uri)
+    service.create_dataset("crowded")
+    service._sync.patience = 60
+    def create_one(n): return service.create_model("crowded", f"m{n}", "b").run_id
+    with ThreadPoolExecutor(24) as pool: runs = [*pool.map(create_one, range(24))]  # more than the pool has
+    assert len({*runs}) == 24 and None not in runs and waiting(service) == 0
 
 
 def test_threads_that_show_one_model_make_one_version(open_service, uri, client):

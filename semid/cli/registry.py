@@ -227,7 +227,9 @@ def report(
     "The audit: how well the trained models do, the best first."
     from semid.config import atomic_path, save_figure
     from semid.registry.audit import audit, plot_audit
-    models = [*open_registry(where).iter_models(dataset)]
+    from semid.registry.filters import ModelsFilter, ModelsFilterOptions
+    trained = ModelsFilter(must_filter=ModelsFilterOptions(is_trained=True))
+    models = [*open_registry(where).iter_models(dataset, trained)]
     table = audit(models, low, high)
     if csv:
         with atomic_path(csv) as temporary: table.to_csv(temporary, index=False)

@@ -82,8 +82,9 @@ def registry_token(
     say=print,   # told where a token is kept
 ):
     "The token of a served registry: None on a loopback address if nobody gives one; ConfigError beyond."
-    given = token or os.environ.get("SEMID_REGISTRY_TOKEN")
-    if given or is_loopback(host): return given or None
+    given = token if token is not None else os.environ.get("SEMID_REGISTRY_TOKEN") or None
+    if given is not None: users_of(given, "anyone")  # an empty one is a mistake, and not a wish for none
+    if given is not None or is_loopback(host): return given
     url = database.url
     if url.get_backend_name() != "sqlite" or "uri" in url.query:
         raise ConfigError(f"At {host}, other machines reach the registry: set SEMID_REGISTRY_TOKEN.")

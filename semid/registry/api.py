@@ -6,9 +6,10 @@
 __all__ = ['Service', 'status_of', 'create_registry_app', 'serve_registry']
 
 # %% ../../nbs/registry/06_api.ipynb #e8600003
-import json, logging, os, tempfile
+import copy, json, logging, os, tempfile
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -28,11 +29,12 @@ from .entities import (
     Change, ConflictError, Dataset, Model, ModelContent, ModelPageInfo, NotFoundError, Slice, Text)
 from .service import ModelService
 from .stores import MirrorError
-from .transfer import Fetched, file_in, portions, receive
-from semid.registry.wire import (
-    ID_PATTERN, Cursor, Given, Length, ModelChange, NewDataset, NewModel, NewSlice, Order, Problem, Revision,
-    Search, Seen)
+from .tables import TABLES
+from .transfer import Fetched, file_in, portions, receive, unpack
+from .wire import ID_PATTERN, Cursor, Given, Length, ModelChange, NewDataset, NewModel, NewSlice
+from .wire import Order, Problem, Revision, Search, Seen
 from ..serving.limits import Limited, refusal, sentence
+from ..sql import Database
 
 # %% ../../nbs/registry/06_api.ipynb #e8600009
 _log = logging.getLogger("semid")
@@ -217,19 +219,30 @@ def _model_routes(within):
     return routes
 
 # %% ../../nbs/registry/06_api.ipynb #e8600014
-def _content_routes(within, fetched, most, seconds):
+_DAMAGED: dict[int | str, dict[str, Any]] = {500: {
+    "model": Problem, "description": "The content was damaged where it is kept."}}
+_Run = Annotated[Text | None, Query(alias="runId", description="Of MLflow.", max_length=128)]
+
+def _content_routes(within, fetched, most, seconds, waiting):
     routes = APIRouter(tags=["contents"])
-    moving = CapacityLimiter(2)  # files at a time that go to or come from where they are kept
+    # files at a time that go to or come from where they are kept
+    move = partial(within, limiter=CapacityLimiter(2), seconds=waiting)
+
+    async def keep(service, path, content_id, run_id, folder):
+        try: return await move(service.add_content, path, content_id, run_id)
+        except SemidError as e:  # where the file was for a moment is nobody's business
+            raise type(e)(str(e).replace(f"{folder}{os.sep}", "")) from e.__cause__
 
     @routes.get("/contents/{content_id}")
     async def get_content(service: Service, content_id: str) -> ModelContent:
         "What is known of a content, and of each of its files."
         return await within(service.get_content, content_id)
 
-    @routes.get("/contents/{content_id}/files/{path:path}", response_class=StreamingResponse, responses=_FILE)
+    @routes.get("/contents/{content_id}/files/{path:path}", response_class=StreamingResponse,
+                responses=_FILE | _DAMAGED)
     async def get_file(content_id: str, path: str) -> Response:
         "A file of a content."
-        try: file, said = await within(fetched.open, content_id, path, limiter=moving)
+        try: file, said = await move(fetched.open, content_id, path)
         except ModelFormatError as e: raise HTTPException(500, str(e)) from None  # damaged where it is kept
         told = {"content-length": str(said.size), "x-sha256": said.sha256,
                 "content-disposition": "attachment", "x-content-type-options": "nosniff"}
@@ -237,8 +250,7 @@ def _content_routes(within, fetched, most, seconds):
 
     @routes.put("/contents/{content_id}/files/{name}", status_code=201, openapi_extra=_BYTES)
     async def add_content(
-        request: Request, service: Service, content_id: str, name: str,
-        run_id: Annotated[Text | None, Query(alias="runId", description="Of MLflow.", max_length=128)] = None,
+        request: Request, service: Service, content_id: str, name: str, run_id: _Run = None,
         x_sha256: Annotated[str, Header(
             pattern="^([0-9A-Fa-f]{64})?$", description="Of the file: 400 if it arrived otherwise.")] = "",
     ) -> ModelContent:
@@ -246,9 +258,19 @@ def _content_routes(within, fetched, most, seconds):
         with tempfile.TemporaryDirectory(prefix="semid-registry-") as folder:
             path = file_in(folder, name)
             await receive(request, path, most, seconds, x_sha256)
-            try: return await within(service.add_content, path, content_id, run_id, limiter=moving)
-            except SemidError as e:  # where the file was for a moment is nobody's business
-                raise type(e)(str(e).replace(f"{folder}{os.sep}", "")) from e.__cause__
+            return await keep(service, path, content_id, run_id, folder)
+
+    @routes.put("/contents/{content_id}", status_code=201, openapi_extra=_BYTES)
+    async def add_folder(
+        request: Request, service: Service, content_id: str, run_id: _Run = None,
+    ) -> ModelContent:
+        "Store a folder: a line of JSON that lists its files (path, sha256, size), then the bytes of each."
+        with tempfile.TemporaryDirectory(prefix="semid-registry-") as home:
+            body, folder = Path(home, "body"), Path(home, "files")
+            await receive(request, body, most, seconds)
+            await move(unpack, body, folder)
+            body.unlink()
+            return await keep(service, folder, content_id, run_id, home)
 
     return routes
 
@@ -265,9 +287,10 @@ def create_registry_app(
     *,
     hosts: Collection[str] = LOOPBACK,   # names it is called by, where there is no token
     max_body=4 * 2**20,                  # bytes of a request
-    max_file=8 * 2**30,                  # bytes of a file of a content
+    max_file=8 * 2**30,                  # bytes of a content that comes in
     timeout=10.0,                        # seconds that a request waits for others
     upload_timeout=30.0,                 # seconds for a body, and for each portion of a file
+    move_timeout=300.0,                  # seconds that a file waits for others to be kept or fetched
     threads=8,                           # requests at a time
 ) -> FastAPI:
     "A registry over HTTP."
@@ -281,13 +304,13 @@ def create_registry_app(
     _add_refusals(app)
     app.state.service = service
 
-    async def within(run: Callable, *given, limiter=working, **named):
-        with fail_after(timeout): return await run_sync(partial(run, *given, **named), limiter=limiter)
+    async def within(run: Callable, *given, limiter=working, seconds=timeout, **named):
+        with fail_after(seconds): return await run_sync(partial(run, *given, **named), limiter=limiter)
 
     bearer = HTTPBearer(auto_error=False, description="The token of the registry.")
     told = [Depends(bearer)] if users else []  # for the description: the guard is who looks
     for routes in (_dataset_routes(within), _model_routes(within),
-                   _content_routes(within, Fetched(service), max_file, upload_timeout)):
+                   _content_routes(within, Fetched(service), max_file, upload_timeout, move_timeout)):
         app.include_router(routes, responses=_problems(users), dependencies=told)
 
     def look():
@@ -310,11 +333,14 @@ def serve_registry(
     token: str | Mapping[str, str] | None = None,  # or SEMID_REGISTRY_TOKEN, or the file registry.token
     *,
     say: Callable[[str], Any] = print,             # told where it is served, and where its token is
+    lock_timeout=4.0,                              # seconds to wait for another writer, on SQLite
     **options,                                     # of `create_registry_app`
 ):
     "Serve a registry until it is stopped; ConfigError if other machines would reach it without a token."
     import uvicorn
     given = registry_token(service.database, host, token, say)
-    app = create_registry_app(service, given, hosts={*LOOPBACK, host.strip("[]")}, **options)
+    hasty = copy.copy(service)
+    hasty.database = Database(service.database.url, TABLES, lock_timeout)
+    app = create_registry_app(hasty, given, hosts={*LOOPBACK, host.strip("[]")}, **options)
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=1000, server_header=False)

@@ -6,19 +6,19 @@
 __all__ = ['RegistryClient']
 
 # %% ../../nbs/registry/07_client.ipynb #e8700103
-import hashlib, os, shutil, tempfile
+import hashlib, os, shutil, tempfile, time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config import DataError, ModelFormatError, flush_to_disk
-from .connection import Connection, as_sent
+from ..config import DataError, ModelFormatError, SemidError, flush_to_disk
+from .connection import Connection, LostError, as_sent
 from .contents import _already, _sweep, describe, digest_of
-from .entities import (
-    Change, Dataset, Model, ModelContent, ModelPageInfo, Slice, Undefined, defined)
+from .entities import Change, Dataset, Model, ModelContent, ModelPageInfo
+from .entities import Slice, Undefined, defined
 from .filters import ModelsFilter
 from .slices import check_id
 from .tables import new_id
-from .transfer import PORTION, file_in
+from .transfer import PORTION, file_in, packed
 
 # %% ../../nbs/registry/07_client.ipynb #e870010f
 def _dataset(dataset_id):
@@ -37,9 +37,10 @@ class RegistryClient:
         token=None,     # SEMID_REGISTRY_TOKEN by default
         timeout=10.0,   # seconds to connect, and to wait for an answer
         retries=3,      # how often to ask again where that is safe
+        transfer_timeout=600.0,   # seconds to wait for the answer where files are kept or fetched
     ):
         self._at = Connection(url, token, timeout, retries)
-        self.url = self._at.url
+        self.url, self.transfer_timeout = self._at.url, max(timeout, transfer_timeout)
 
     def __repr__(self): return f"RegistryClient({self.url!r})"
     def __enter__(self): return self
@@ -208,20 +209,39 @@ class RegistryClient:
 
     def add_content(
         self,
-        path,              # a file; folders are added where the registry is kept
+        path,              # a file, or a folder of files
         content_id=None,   # what models name it by; a new one by default
         run_id=None,       # the MLflow run that made it; one of its own by default
     ) -> ModelContent:
         "Keep weights in MLflow's artifact store, with their digests; ConflictError if the id is of others."
-        if Path(path).is_dir():
-            raise DataError(f"{path} is a folder, which can be added only where the registry is kept.")
-        [said], content_id = describe(path)[0], content_id or new_id("content")
+        (files, digest), content_id = describe(path), content_id or new_id("content")
         check_id(content_id, "content_id")
-        to = "contents", content_id, "files", said.path
         told = {} if run_id is None else as_sent(dict(run_id=run_id))
+        for n in range(self._at.retries + 1):
+            if n: time.sleep(min(2.0, 0.1 * 2 ** n))
+            try: return self._send(Path(path), files, content_id, told)
+            except LostError as e:
+                if found := self._arrived(content_id, digest): return found
+                lost = e
+        raise lost
+
+    def _send(self, path, files, content_id, told):
+        "Send a file or a folder."
+        how = dict(params=told, timeout=self.transfer_timeout)
+        if path.is_dir():
+            size, body = packed(path, files)
+            return self._at.answer(ModelContent, "PUT", "contents", content_id, content=body,
+                                   headers={"content-length": str(size)}, **how)
+        to = "contents", content_id, "files", files[0].path
         with open(path, "rb") as file:
-            return self._at.answer(ModelContent, "PUT", *to, content=file, params=told,
-                                   headers={"x-sha256": said.sha256})
+            return self._at.answer(ModelContent, "PUT", *to, content=file,
+                                   headers={"x-sha256": files[0].sha256}, **how)
+
+    def _arrived(self, content_id, digest):
+        "The content that was sent, if it is there."
+        try: found = self.get_content(content_id)
+        except SemidError: return None
+        return found if found.sha256 == digest else None
 
     def get_content(self, content_id) -> ModelContent:
         "What is known of a content; NotFoundError if there is none of that id."
@@ -265,6 +285,6 @@ class RegistryClient:
             if size != file.size or digest.hexdigest() != file.sha256:
                 raise ModelFormatError(f"Content {content_id!r}: {file.path!r} did not arrive as it is kept.")
         of = "contents", content_id, "files", *file.path.split("/")
-        self._at.ask("GET", *of, again=True, receive=receive,
-                  headers={"accept-encoding": "identity"})
+        self._at.ask("GET", *of, again=True, receive=receive, timeout=self.transfer_timeout,
+                     headers={"accept-encoding": "identity"})
         flush_to_disk(path)

@@ -14,7 +14,7 @@ from pydantic import Field
 from sqlalchemy import select
 
 from ..config import DataError
-from .entities import AP, Entity, Json, Name, Text, Time
+from .entities import AP, Entity, Flag, Json, Name, Text, Time
 from .tables import BY_KEY, CLASSES, META, MODELS, ORDERS, leaves
 
 # %% ../../nbs/registry/02_filters.ipynb #e8200007
@@ -34,8 +34,8 @@ class ModelsFilterOptions(Entity):
     name: Name | None = Field(default=None, description="This name.")
     name_contains: Name | None = Field(default=None, description="A part of it, in either case.")
     baseline_model: Name | None = Field(default=None, description="This architecture.")
-    is_trained: bool | None = Field(default=None, description="Is its training over?")
-    is_pinned: bool | None = Field(default=None, description="Is it pinned?")
+    is_trained: Flag | None = Field(default=None, description="Is its training over?")
+    is_pinned: Flag | None = Field(default=None, description="Is it pinned?")
     created_after: Time | None = Field(default=None, description="Registered then or later.")
     created_before: Time | None = Field(default=None, description="Registered earlier.")
     updated_after: Time | None = Field(default=None, description="Changed then or later.")
@@ -87,25 +87,28 @@ def _parts(options):
     yield from _ranges(options)
     for one in options.class_ap or []: yield _in_classes(one)
     if options.meta:
-        for leaf in sorted(leaves(options.meta)):
-            yield of.key.in_(select(META.c.model).where(META.c.leaf == leaf))
+        wanted = sorted(leaves(options.meta))
+        found = select(META.c.model).where(META.c.leaf.in_(wanted))
+        if len(wanted) > 1: found = found.group_by(META.c.model).having(sa.func.count() == len(wanted))
+        yield of.key.in_(found)
     if options.all: yield from (_all(part) for part in options.all)
     if options.any: yield sa.or_(*(_all(part) for part in options.any))
 
 def _all(options): return sa.and_(sa.true(), *_parts(options))
 
 def _size(options, depth=1):
-    "How many options there are in one; DataError if that is too many, or too deep."
+    "How many conditions there are in one; DataError if they are nested too deep."
     if depth > 10: raise DataError("A filter is nested deeper than 10 levels: make it flatter.")
-    return 1 + sum(_size(one, depth + 1) for one in [*(options.all or []), *(options.any or [])])
+    own = 1 + 3 * len(options.class_ap or []) + (len(leaves(options.meta)) if options.meta else 0)
+    return own + sum(_size(one, depth + 1) for one in [*(options.all or []), *(options.any or [])])
 
 def condition_of(
     models_filter,   # `ModelsFilter`, or None
 ):                   # SQL, on MODELS
     "The models that a filter keeps."
     must, without = (models_filter.must_filter, models_filter.not_filter) if models_filter else (None, None)
-    if sum(_size(one) for one in (must, without) if one) > 200:
-        raise DataError("A filter has more than 200 options in it: ask in parts.")
+    if sum(_size(one) for one in (must, without) if one) > 300:
+        raise DataError("A filter has more than 300 conditions in it: ask in parts.")
     kept = _all(must) if must else sa.true()
     return sa.and_(kept, sa.not_(_all(without))) if without and [*_parts(without)] else kept
 

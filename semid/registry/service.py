@@ -53,7 +53,9 @@ def _trained(was, given):
         if given.get("trained_at"):
             raise DataError("Only a trained model has trained_at: give is_trained too.")
         return given | {"trained_at": None}
-    known = given.get("trained_at", was.trained_at if was else None)
+    if given.get("trained_at", "") is None:
+        raise DataError("A trained model has trained_at: leave it away, or give is_trained=False too.")
+    known = "trained_at" in given or was and was.trained_at
     return given if known else given | {"trained_at": now_text()}
 
 class ModelService(SliceService):
@@ -86,6 +88,10 @@ class ModelService(SliceService):
             raise DataError(f"length must be a whole number from 1 to 200, not {length!r}.")
         if models_filter is not None and not isinstance(models_filter, ModelsFilter):
             raise DataError(f"models_filter is a ModelsFilter, not {type(models_filter).__name__}.")
+        return self._page(dataset_id, models_filter, cursor, length, order_by, deleted, True)
+
+    def _page(self, dataset_id, models_filter, cursor, length, order_by, deleted, count):
+        "A page, and how many there are in all if somebody asks."
         _, column, descending = order_of(order_by)
         scope = dataset_id, models_filter, order_by, deleted
         after = None if cursor is None else read_cursor(self._secret, cursor, *scope)
@@ -96,7 +102,7 @@ class ModelService(SliceService):
         by = [one.desc() if descending else one for one in dict.fromkeys([column, MODELS.c.key])]
         with self.database.transaction() as connection:
             self._check_dataset(connection, dataset_id)
-            total = connection.execute(counted).scalar_one()
+            total = connection.execute(counted).scalar_one() if count else None
             rows = connection.execute(found.order_by(*by).limit(length + 1)).all()
             models = models_of(connection, rows[:length])
         more = next_cursor(self._secret, rows[length - 1], *scope) if len(rows) > length else None
@@ -112,7 +118,7 @@ class ModelService(SliceService):
         "All models that fit, page after page."
         cursor: str | None = None
         while True:
-            models, cursor, _ = self.get_models(dataset_id, models_filter, cursor, 200, order_by, deleted)
+            models, cursor, _ = self._page(dataset_id, models_filter, cursor, 200, order_by, deleted, False)
             yield from models
             if cursor is None: return
 
@@ -140,23 +146,24 @@ class ModelService(SliceService):
     ) -> Model:
         "Register a model; NotFoundError if its dataset, a slice or its content is not there."
         at = now_text()
-        given = _trained(None, dict(is_trained=is_trained, trained_at=trained_at))
+        given = dict(is_trained=is_trained) | ({} if trained_at is None else {"trained_at": trained_at})
+        given = _trained(None, given)
         fields = dict(id=new_id("model") if model_id is None else model_id, dataset_id=dataset_id, name=name,
                       baseline_model=baseline_model, description=description, is_pinned=is_pinned,
                       training_classes=list(training_classes or ()),
                       training_parameters=training_parameters, meta=meta, run_id=run_id,
                       created_at=at, created_by=self.user, updated_at=at, updated_by=self.user) | given
-        with self.database.transaction(write=True) as connection:
-            self._check_dataset(connection, dataset_id)
-            linked = self._linked(connection, dataset_id, dict(
-                training_slice_ids=training_slice_ids or (), validation_slice_ids=validation_slice_ids or (),
-                model_content_id=model_content_id))
-            model = checked(Model, **fields, **linked)
-            if connection.execute(select(MODELS.c.key).where(MODELS.c.id == model.id)).one_or_none():
-                raise ConflictError(f"There is a model {model.id!r} already.")
-            key = write_model(connection, model)
-            self._link(connection, key, model)
-            self._note(connection, key, "create", None, model)
+        ids = dict(training_slice_ids=training_slice_ids, validation_slice_ids=validation_slice_ids,
+                   model_content_id=model_content_id)
+        try:
+            with self.database.transaction(write=True) as connection:
+                self._check_dataset(connection, dataset_id)
+                model = checked(Model, **fields, **self._linked(connection, dataset_id, ids))
+                key = write_model(connection, model)
+                self._link(connection, key, model)
+                self._note(connection, key, "create", None, model)
+        except exc.IntegrityError:
+            raise ConflictError(f"There is a model {fields['id']!r} already.") from None
         return self._mirrored(model)
 
     def update_model(

@@ -17,7 +17,7 @@ from sqlalchemy import exc, select
 from ..config import ConfigError, DataError, root
 from .entities import ConflictError, Dataset, NotFoundError, Slice, checked, utc_text
 from .tables import DATASETS, SETTINGS, SLICES, TABLES, slice_of
-from ..sql import Database
+from ..sql import Database, shown
 
 # %% ../../nbs/registry/04_slices.ipynb #e8800007
 def registry_url(
@@ -43,6 +43,11 @@ def _secret(database):
     with database.transaction() as connection: return connection.execute(stored).scalar_one()
 
 # %% ../../nbs/registry/04_slices.ipynb #e8800009
+def _checked_user(name):
+    if not isinstance(name, str) or not 0 < len(name) <= 255 or not name.isprintable():
+        raise ConfigError("A user is named by 1 to 255 printable letters.")
+    return name
+
 class SliceService:
     "Datasets, and the slices of them that models are trained and validated on."
     def __init__(
@@ -52,11 +57,11 @@ class SliceService:
         timeout: float = 30.0,   # seconds to wait for another writer, on SQLite
     ):
         self.database = Database(registry_url(url), TABLES, timeout)
-        self.user = user or os.environ.get("SEMID_USER") or getpass.getuser()
+        self.user = _checked_user(user or os.environ.get("SEMID_USER") or getpass.getuser())
         self._secret = _secret(self.database)
 
     def __repr__(self):
-        return f"{type(self).__name__}({self.database.url.render_as_string(hide_password=True)!r})"
+        return f"{type(self).__name__}({shown(self.database.url)!r})"
 
     def as_user(
         self,
@@ -64,7 +69,7 @@ class SliceService:
     ):
         "The same registry, for another user."
         other = copy.copy(self)
-        other.user = name
+        other.user = _checked_user(name)
         return other
 
     def create_dataset(

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'EXPERIMENT', 'store_uri', 'auto_uri', 'MirrorError', 'shown_uri', 'check_is_there', 'errors_of',
-           'open_client', 'is_missing', 'find_run', 'experiment_of', 'safe_key']
+           'open_client', 'is_missing', 'find_run', 'experiment_of', 'safe_key', 'LateError', 'prepare', 'within']
 
 # %% ../../nbs/registry/03_stores.ipynb #e8300003
-import importlib.util, os, re, socket, sqlite3
+import contextvars, hashlib, importlib.util, json, os, re, socket, sqlite3, threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,13 @@ class MirrorError(SemidError):
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 PATIENCE = 3.0  # seconds
 
-def shown_uri(uri): return re.sub(r"//[^/@]*@", "//", uri)
+def shown_uri(
+    text,   # a URI, or a sentence with some
+) -> str:
+    "URIs as they may be told: without users, passwords, queries and fragments."
+    # a password may hold a / that should have been written as %2F: all is left out up to the last @
+    hidden = re.sub(r"(?<=://)(?!/)[^\s'\"]*@", "", text)
+    return re.sub(r"(://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", hidden)
 
 def _ask(uri):
     import requests
@@ -106,14 +114,17 @@ def errors_of(
     except (MlflowException, OSError, exc.SQLAlchemyError) as e:
         raise MirrorError(f"MLflow at {shown_uri(uri)} says: {_why(e, uri)}.") from e
 
+def _mlflow():
+    try: return importlib.import_module("mlflow")
+    except ImportError: raise MirrorError("MLflow is not installed: install semid[registry].") from None
+
 @contextmanager
 def open_client(
     uri,   # of MLflow
 ):         # an MlflowClient
     "A client of an MLflow that is there; MirrorError if it is not, or if it fails."
     check_is_there(uri)
-    try: import mlflow
-    except ImportError: raise MirrorError("MLflow is not installed: install semid[registry].") from None
+    mlflow = _mlflow()
     with errors_of(uri):
         registry = os.environ.get("MLFLOW_REGISTRY_URI") or uri
         yield mlflow.MlflowClient(tracking_uri=uri, registry_uri=registry)
@@ -148,7 +159,48 @@ def experiment_of(
         return found.experiment_id
 
 def safe_key(
-    name,   # of a metric, or of a parameter
+    *parts,   # of the name of a metric, or of a parameter
 ) -> str:
-    "A name that MLflow takes, of at most 200 characters."
-    return re.sub(r"[^\w\-. ]", "_", name)[:200]
+    "A name that MLflow takes, of at most 200 characters; others have others, by a digest where it is needed."
+    whole = ".".join(parts)
+    safe = re.sub(r"[^\w\-. ]", "_", whole)[:190]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+    has_dots = any("." in part for part in parts)
+    is_plain = safe == whole and not has_dots and not re.search("-[0-9a-f]{8}$", safe)
+    return safe if is_plain else f"{safe}-{digest}"
+
+# %% ../../nbs/registry/03_stores.ipynb #e8300020
+class LateError(MirrorError):
+    "MLflow has not answered yet; `thread` still waits for it."
+    def __init__(self, said, thread=None):
+        super().__init__(said)
+        self.thread = thread
+
+def prepare(
+    uri,   # of MLflow
+):
+    "Import MLflow, and make the tables of an SQLite file that has none; MirrorError if that fails."
+    if uri.startswith("sqlite:"):
+        with open_client(uri): pass
+    else:
+        check_is_there(uri)
+        _mlflow()
+
+def within(
+    seconds,
+    uri,                       # of MLflow, for the message
+    run: Callable[[], Any],
+) -> Any:
+    "What `run` gives, in a thread; LateError if it takes longer, and then it goes on by itself."
+    answer: Future = Future()
+    context = contextvars.copy_context()  # MLflow keeps settings of its caller there
+    def work():
+        try: answer.set_result(context.run(run))
+        except BaseException as e: answer.set_exception(e)  # noqa: BLE001  (raised by whoever asked)
+    thread = threading.Thread(target=work, name="semid-mirror", daemon=True)
+    thread.start()
+    try: return answer.result(seconds)
+    except TimeoutError:
+        if answer.done(): raise  # its own
+        said = f"MLflow at {shown_uri(uri)} has not answered in {seconds:g} seconds."
+        raise LateError(said, thread) from None
