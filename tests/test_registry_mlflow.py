@@ -549,10 +549,19 @@ def evil(path): path.write_bytes(pickle.dumps(print))
 def text(path): path.write_text("a")
 
 
+def locked(path):
+    "An archive whose first array says that it is encrypted, and whose second holds an object."
+    np.savez(path, a=np.arange(3), b=np.array([{}], object))
+    whole = bytearray(path.read_bytes())
+    for mark, at in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8): whole[whole.index(mark) + at] |= 1
+    path.write_bytes(whole)
+
+
 REFUSED = {
     "pickle": ("a.json", evil), "named .pkl": ("a.pkl", text), "named .pt": ("a.PT", text),
-    "objects": ("a.npy", lambda path: np.save(path, np.array([{}], object), allow_pickle=True)),
+    "objects": ("a.npy", lambda path: np.save(path, np.array([{}], object))),
     "archive": ("a.npz", lambda path: np.savez(path, a=np.array([{}], object))),
+    "pickle behind a locked member": ("a.npz", locked),
     "link out": ("a.json", lambda path: path.symlink_to("/etc/hostname")),
     "link to a folder": ("a", lambda path: path.symlink_to("/etc")), "device": ("a.json", os.mkfifo),
     "dangling": ("a.json", lambda path: path.symlink_to("nothing")), "empty": ("a.json", Path.touch),

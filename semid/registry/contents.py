@@ -6,7 +6,7 @@
 __all__ = ['MOST_FILES', 'is_pickle', 'files_of', 'digest_of', 'describe', 'store', 'check_content', 'fetch']
 
 # %% ../../nbs/registry/03_contents.ipynb #e8400003
-import glob, hashlib, os, re, shutil, tempfile, zipfile
+import glob, hashlib, os, re, shutil, tempfile, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,14 +29,18 @@ def _has_objects(file):
     except ValueError: return False
 
 def _archive_has_pickles(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(_PICKLES): return True
-                if name.endswith(".npy"):
-                    with archive.open(name) as file:
-                        if _has_objects(file): return True
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError): pass
+    try: archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile: return False  # it is none
+    with archive:
+        names = archive.namelist()
+        if any(name.lower().endswith(_PICKLES) for name in names): return True
+        for name in names:
+            if not name.lower().endswith(".npy"): continue
+            try:
+                with archive.open(name) as file:
+                    if _has_objects(file): return True
+            except (EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
+                return True  # damaged or locked: nobody can say that it holds none
     return False
 
 def is_pickle(
