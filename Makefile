@@ -4,9 +4,12 @@ PORT ?= 5000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 READY := .venv/ready
+# An environment whose Python is gone, or that was moved here from elsewhere, is made again.
+STALE := $(shell test ! -e $(READY) || { .venv/bin/python -c '' && \
+	head -n 3 .venv/bin/dvc | grep -qF "$(CURDIR)/.venv/bin/python"; } 2>/dev/null || rm -rf .venv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lab mlflow docs lock clean
+.PHONY: help setup repro test bench lab mlflow docs lock clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -25,14 +28,23 @@ $(READY): requirements.lock pyproject.toml
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $(READY)
 
-repro: setup     ## run the pipeline: dvc repro
-	SEMID_PIPELINE="$${SEMID_PIPELINE:-$$(date +%Y-%m-%dT%H:%M:%S)}" dvc repro
+# With a SOURCE the pictures are others: params.yaml is changed, and dvc repro goes on with it.
+OTHER := $(if $(SOURCE),exp run -S "collection.source=$(SOURCE)" $(if $(DATA),-S "collection.path='$(abspath $(DATA))'"))
+
+repro: setup     ## run the pipeline: dvc repro (SOURCE=flickr8k DATA=folder: on other pictures)
+	SEMID_PIPELINE="$${SEMID_PIPELINE:-$$(date +%Y-%m-%dT%H:%M:%S)}" dvc $(or $(OTHER),repro)
 
 test: setup      ## everything that must pass
 	python tests/gate.py
 	ruff check nbs experiments semid tests docs.py
 	mypy
-	OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+# One after the other, for they measure. Real data is looked for where each notebook's parameters say.
+bench: setup     ## measure again, for hours (BENCH=registry: only that)
+	for one in $(or $(BENCH),$(basename $(notdir $(wildcard experiments/benchmarks/*.ipynb)))); do \
+		papermill --log-level ERROR --cwd experiments/benchmarks "experiments/benchmarks/$$one.ipynb" \
+			"experiments/runs/bench_$$one.ipynb" || exit 1; done
 
 lab: setup       ## explore in JupyterLab
 	jupyter lab
@@ -48,4 +60,4 @@ lock: setup      ## resolve requirements.lock anew for Python 3.11 to 3.13
 		--no-annotate pyproject.toml -o requirements.lock
 
 clean:           ## remove what can be made again, but not .venv
-	rm -rf site _docs .mypy_cache .ruff_cache .pytest_cache experiments/runs/*.ipynb
+	rm -rf site _site_src .mypy_cache .ruff_cache .pytest_cache experiments/runs/*.ipynb

@@ -21,7 +21,7 @@ DIRECTIVE = re.compile(r"^#\s*\|.*\n?", re.M)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)[^)\s]+(?=\))")  # to a file of the project
 CHAPTERS = {"nbs": "The hall", "quality": "Quality", "ranking": "Ranking", "clustering": "Clustering",
             "semantic_ids": "Semantic IDs", "serving": "Serving", "models": "Models", "registry": "Registry",
-            "cli": "The door"}  # folders in reading order
+            "overview": "Overview", "cli": "The door"}  # folders in reading order
 BENCHMARKS = "experiments/benchmarks"
 
 
@@ -97,7 +97,7 @@ def navigation() -> list[dict]:
     tables = sorted((ROOT / BENCHMARKS).glob("*.md"))
     benchmarks = {"Benchmarks": [{p.stem: in_site(f"{BENCHMARKS}/{p.name}")} for p in tables]}
     about = [entry(ROOT / name) for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
-    return [{"Overview": "index.ipynb"}, *chapters, *scale, benchmarks, *about]
+    return [{"semid": "index.ipynb"}, *chapters, *scale, benchmarks, *about]
 
 
 def site() -> None:

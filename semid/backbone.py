@@ -43,6 +43,7 @@ class Backbone(nn.Module):
         self,
         images,  # (n, 3, H, W), 0 to 255
     ):           # (n, 576)
+        "Features of pictures."
         x = (images.float() / 255 - self.mean) / self.std
         return self.layers(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
@@ -66,7 +67,9 @@ def load_pretrained(
     backbone,  # a `Backbone`, filled in place
     weights,   # "none", "default" (torchvision's, from ImageNet), or a file that has them
 ):
-    "Fill a backbone with weights that were trained elsewhere, all or none."
+    """Fill a backbone with weights that were trained elsewhere, all or none.
+
+    ModelFormatError for those of another network; DataError if they can't be had."""
     if weights == "none": return
     own = backbone.layers.state_dict()
     found = {k.removeprefix("features."): v for k, v in _tensors(weights).items()}

@@ -65,7 +65,9 @@ def labelled_collection(
     column="label",  # of texts or numbers
     side=128,        # pixels of a side that the network sees
 ) -> Labelled:
-    "Pictures of a collection with the labels of one of its columns."
+    """Pictures of a collection with the labels of one of its columns.
+
+    ConfigError if there is no such column; DataError for a picture without label, or no pictures."""
     if column not in collection.columns:
         raise ConfigError(f"The collection has no column {column!r}: it has "
                           f"{', '.join(collection.columns) or 'no columns but captions'}.")
@@ -83,10 +85,10 @@ def labelled_arrays(
     images,         # (N, H, W, 3) uint8
     labels,         # (N,) texts or whole numbers
     validation=0.1,  # share to judge by
-    side=128,
+    side=128,       # pixels of a side that the network sees
     seed=0,
 ) -> Labelled:
-    "Pictures and labels from arrays."
+    "Pictures and labels from arrays; ShapeMismatchError for other shapes or types."
     images, labels = np.asanyarray(images), np.asarray(labels)
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise ShapeMismatchError(f"The pictures are {images.dtype} {images.shape}: expected uint8 "
@@ -147,7 +149,10 @@ def train_classifier(
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
-    "Train a classifier and write it, with its curves beside it; the best epoch is the most accurate one."
+    """Train a classifier and write it, with its curves beside it; the best epoch is the most accurate one.
+
+    The history has loss, val_loss and val_accuracy (a share). ConfigError for a setting out of range, or if
+    something else is in the way."""
     from matplotlib.pyplot import close
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
@@ -216,7 +221,9 @@ class Classified:
     error: str | None = None          # why it can't be decoded
 
 class ImageClassifier:
-    "A trained classifier: `predict` for labels, `classify` for probabilities and errors too."
+    """A trained classifier: `predict` for labels, `classify` for probabilities and errors too.
+
+    ModelFormatError for a folder that is no classifier, or damaged."""
     def __init__(
         self,
         model_path,              # folder of the model
@@ -271,7 +278,9 @@ def classify_pictures(
     device="auto",
     progress=True,
 ) -> pa.Table:      # id, label, probability, error
-    "Classify pictures, each by itself: what can't be decoded has an error and no label."
+    """Classify pictures, each by itself: what can't be decoded has an error and no label.
+
+    DataError if nothing is at a path; ConfigError if the output is one of these."""
     model, found, lines = ImageClassifier(model_path, device), pictures_at(paths, output), []
     pictures = iter(tqdm(found, "classified", disable=not progress))
     while some := list(islice(pictures, model.batch_size)):

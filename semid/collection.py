@@ -61,7 +61,7 @@ class Collection:
         images=True,     # read the pictures too, which are most of it
         batch_size=64,   # rows read at a time
     ) -> Iterator[dict[str, Any]]:  # id, split, image {bytes, path}, captions, and the other columns
-        "Picture after picture, in the order of the files."
+        "Picture after picture, in the order of the files; ConfigError for an unknown split."
         if split is not None and split not in SPLITS:
             raise ConfigError(f"There is no split {split!r}: use {', '.join(SPLITS)}.")
         for name in [split] if split else SPLITS:
@@ -77,7 +77,7 @@ def _as_record(row, caption_columns, split):
 def open_collection(
     folder,  # where `collect` wrote it
 ) -> Collection:
-    "A collection that is there."
+    "A collection that is there; DataError if it is none, or not whole."
     folder = Path(folder)
     files = {split: [folder / f"{split}.parquet"] for split in SPLITS}
     if missing := [str(paths[0].name) for paths in files.values() if not paths[0].is_file()]:
@@ -256,7 +256,10 @@ def write_collection(
     total=None,             # how many there will be, for the progress bar
     progress=True,
 ) -> Collection:
-    "Check pictures and write them as a collection, all or nothing; the unusable are listed with a reason."
+    """Check pictures and write them as a collection, all or nothing; the unusable are listed with a reason.
+
+    DataError if none or too few can be used; ConfigError for an unknown type, or if something is in the
+    way."""
     folder, bad, seen, number = Path(folder), [], set(), -1
     splits: dict[Any, str] = {}  # by group
     check_folder(folder)
@@ -289,9 +292,11 @@ def _judge(bad, n, allowed, listed):
     write_quarantine(listed, bad)
     lines = [table.to_pylist()[0] for table in bad[:_QUARANTINE_SHOWN]]
     shown = "; ".join(f"{line['id']}: {line['reason']}" for line in lines)
-    raise DataError(f"{len(bad):,} of {n:,} pictures can't be used, more than max_bad_fraction={allowed:g} "
-                    f"allows ({shown}): mend them or raise max_bad_fraction; all are listed in "
-                    f"{listed}.")
+    within = len(bad) <= allowed * n
+    why = "so nothing is left" if within else f"more than max_bad_fraction={allowed:g} allows"
+    what = "mend them" if within else "mend them or raise max_bad_fraction"
+    raise DataError(f"{len(bad):,} of {n:,} pictures can't be used, {why} ({shown}): {what}; all are listed "
+                    f"in {listed}.")
 
 # %% ../nbs/02_collection.ipynb #3ef5b67c
 SOURCES = "scenes", "flickr8k", "imagefolder", "parquet"
@@ -307,7 +312,9 @@ def collect(
     seed=0,      # of the scenes, and of splits that the source does not have
     **options,   # of `write_collection`: max_bad_fraction, max_pixels, shares, ...
 ) -> Collection:
-    "Bring pictures and captions from a source into a collection."
+    """Bring pictures and captions from a source into a collection.
+
+    ConfigError for an unknown source or no path; DataError for pictures that can't be read."""
     if source not in SOURCES: raise ConfigError(f"Unknown source {source!r}: use {', '.join(SOURCES)}.")
     if source in ("imagefolder", "parquet") and not path:
         raise ConfigError(f"The source {source!r} needs a path to its pictures.")

@@ -42,7 +42,9 @@ class ConfigError(SemidError, ValueError):
 def root(
     start=None,  # folder to look from; the current one by default
 ) -> Path:       # absolute path of the folder that holds `params.yaml`
-    "The project's folder: `SEMID_ROOT`, or the nearest one upwards that holds `params.yaml`."
+    """The project's folder: `SEMID_ROOT`, or the nearest one upwards that holds `params.yaml`.
+
+    ConfigError if there is none."""
     if start is None and (given := os.environ.get("SEMID_ROOT")): return Path(given).resolve()
     here = Path(start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
@@ -56,7 +58,9 @@ _SCIENTIFIC = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
 
 class Params:
-    "A section of params.yaml: attributes to read, `asdict()` to log."
+    """A section of params.yaml: attributes to read, `asdict()` to log.
+
+    ConfigError for a name that isn't there."""
     def __getattr__(self, name):
         if name.startswith("_"): raise AttributeError(name)
         known = ", ".join(f.name for f in fields(self)) if is_dataclass(self) else ""
@@ -82,7 +86,7 @@ def params(
     section=None,  # a top-level name such as "ids"; everything when None
     path=None,     # another file than the project's params.yaml
 ) -> Any:          # a frozen dataclass with the section's settings (or the bare value)
-    "The settings of `section` in params.yaml."
+    "The settings of `section` in params.yaml; ConfigError if there is no such section, or no such file."
     path = Path(path or root() / "params.yaml")
     try: values = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except (OSError, yaml.YAMLError) as e: raise ConfigError(f"{path} can't be read: {e}") from None
@@ -106,7 +110,9 @@ def seed_everything(
 def device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 ) -> str:                # a device that is present
-    "The device to use: `name` where it is present, else the CPU, with a warning."
+    """The device to use: `name` where it is present, else the CPU, with a warning.
+
+    ConfigError for a name that is none of these."""
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ConfigError(f"Unknown device {name!r}: use auto, cpu, cuda, cuda:1 or mps.")
     if name == "cpu": return name
@@ -195,7 +201,9 @@ def alone_in(
     folder,  # made where it is missing
     wait=0,  # seconds to wait for whoever is at work there; math.inf: as long as it takes
 ):
-    "Nobody else may work in this folder meanwhile; a process that is gone holds nothing."
+    """Nobody else may work in this folder meanwhile; a process that is gone holds nothing.
+
+    ConfigError if somebody is at work there after `wait` seconds."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:

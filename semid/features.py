@@ -31,8 +31,8 @@ def _is_id(
 
 def as_texts(
     ids,  # list, numpy, pandas or arrow; strings or integers
-) -> pa.LargeStringArray:
-    "Ids as one arrow array of strings."
+) -> pa.LargeStringArray:  # (n,)
+    "Ids as one arrow array of strings; DataError if they are neither strings nor integers."
     try:
         array = ids if isinstance(ids, (pa.Array, pa.ChunkedArray)) else pa.array(ids, from_pandas=True)
         if not _is_id(array.type): raise DataError(f"The ids are {array.type}: use strings or integers.")
@@ -77,8 +77,8 @@ def as_numbers(
     X,     # (n, D) numbers
     rows,  # how many rows there must be
     dim,   # how wide they must be; None for any width
-) -> np.ndarray:
-    "X as an array of the right shape."
+) -> np.ndarray:  # (rows, D), of the type that it has
+    "X as an array of the right shape, else ShapeMismatchError; DataError if it holds no numbers."
     try: X = np.asarray(X)
     except ValueError: raise ShapeMismatchError("The rows of X are not all of one length.") from None
     if X.ndim != 2 or len(X) != rows or X.shape[1] != (dim or X.shape[1]):
@@ -111,8 +111,8 @@ class FeatureWriter:
     def __init__(
         self,
         path,              # the Parquet file to write
-        dim: int,          # numbers in each feature
-        dtype="float32",   # what is stored: float32 or float16
+        dim: int,          # numbers in each feature, from 1; else ShapeMismatchError
+        dtype="float32",   # what is stored: float32 or float16; else ConfigError
         id_column="id",
         feature_column="feature",
     ):
@@ -141,7 +141,7 @@ class FeatureWriter:
         ids,  # (n,) strings or integers
         X,    # (n, dim) numbers
     ):
-        "Add rows. NaN, Inf, a null id or a wrong shape stop the whole file."
+        "Add rows. NaN, Inf, a null id (DataError) or a wrong shape (ShapeMismatchError) stop the whole file."
         text = as_texts(ids)
         if text.null_count: raise DataError("An id is null: every row needs one.")
         X = as_numbers(X, len(text), self.dim)
@@ -196,8 +196,8 @@ def _open(
 # %% ../nbs/01_features.ipynb #fba2b9d8
 def write_features(
     path,                # the file to write; with `rows_per_shard` a folder
-    ids,                 # (N,) unique strings or integers
-    X,                   # (N, D) finite numbers
+    ids,                 # (N,) unique strings or integers; else DataError
+    X,                   # (N, D) finite numbers; else DataError, or ShapeMismatchError
     dtype="float32",     # what is stored: float32 or float16
     rows_per_shard=None, # write `part-00000.parquet`, ... of so many rows each
     id_column="id",
@@ -236,7 +236,7 @@ def _write_shards(path, ids, X, rows, names):
 def find_files(
     paths,  # a file, a folder, a glob pattern, or a list of these
 ) -> list[Path]:
-    "The Parquet files that `paths` names: sorted, each once."
+    "The Parquet files that `paths` names: sorted, each once; DataError if there are none."
     found: dict[Path, Path] = {}
     for one in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(one)
@@ -455,7 +455,7 @@ class Features:
         dtype: Any = np.float32,
         progress: bool = False,
     ):  # (N,) ids, (N, dim) features, and with `columns` a table of these
-        "Everything in memory at once."
+        "Everything in memory at once; errors as of `batches`."
         empty = pa.table({c: pa.nulls(0) for c in self.columns})
         whole = (np.empty(0, object), np.empty((0, self.dim), dtype), empty)[:3 if self.columns else 2]
         for batch in self.batches(max(self.n_rows, 1), dtype, progress): whole = batch
@@ -572,5 +572,5 @@ def read_features(
     dtype: Any = np.float32,  # of the matrix
     **options,  # as in `open_features`
 ):  # (N,) ids, (N, dim) features
-    "All usable ids and features at once: `open_features(paths, **options).read(dtype)`."
+    "All usable ids and features at once: `open_features(paths, **options).read(dtype)`; errors as there."
     return open_features(paths, **options).read(dtype)

@@ -41,17 +41,17 @@ def stated_kind(
     except Exception: return None  # safetensors and zipfile have errors of their own
 
 def check_room(
-    path,  # the folder that shall be written; it need not be there
-    kind,  # of the model
+    path,    # the folder that shall be written; it need not be there
+    *kinds,  # of the model, and of those that it may replace
 ):
     "ConfigError if a file is in the way, or a model of another kind would be overwritten."
     path = Path(path)
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir(): raise ConfigError(f"{there} is a file: name another folder for the model.")
     if not (path / "metadata.json").exists(): return
-    if (found := stated_kind(path / "metadata.json")) == kind: return
-    raise ConfigError(f"{path} holds a model of {found or 'something else'}, which is no {kind}: name "
-                      "another folder.")
+    if (found := stated_kind(path / "metadata.json")) in kinds: return
+    raise ConfigError(f"{path} holds a model of {found or 'something else'}, which is no "
+                      f"{' or '.join(kinds)}: name another folder.")
 
 def write_network(
     path,     # the folder to write
@@ -59,7 +59,9 @@ def write_network(
     network,  # torch module
     **about,  # plain values: what is needed to build it, what its outputs mean, its history
 ) -> Path:    # `path`
-    "Write a network as a model folder: the same bytes for the same model."
+    """Write a network as a model folder: the same bytes for the same model.
+
+    ConfigError if something else is in the way."""
     from safetensors.torch import save
     from semid import __version__
     check_room(path, kind)
@@ -103,7 +105,7 @@ def fill(
     tensors,  # as `read_network` gives them
     path,     # for the message
 ):            # the network, in eval mode
-    "Put weights into a network."
+    "Put weights into a network; ModelFormatError if they don't fit."
     try: network.load_state_dict(tensors)
     except RuntimeError as e:
         why = " ".join(str(e).split())[:300]

@@ -98,7 +98,7 @@ def _has_pictures(schema):
 def picture_files(
     path,  # a Parquet file, a folder, a pattern, or a list of these
 ) -> dict[Path, Any]:
-    "The Parquet files that hold pictures, with their schemas."
+    "The Parquet files that hold pictures, with their schemas; DataError if there are none."
     schemas = {file: about_parquet(file)[0] for file in find_files(path)}
     found = {file: schema for file, schema in schemas.items() if _has_pictures(schema)}
     if not found: raise DataError(f"No file of {path} has a column 'image' with pictures.")
@@ -127,7 +127,7 @@ def caption_count(
 def parquet_records(
     path,  # as in `picture_files`
 ) -> Iterator[dict]:
-    "Pictures from Parquet in the hub's layout."
+    "Pictures from Parquet in the hub's layout; DataError if there are none."
     files = [*picture_files(path)]
     root = _source_folder(path, files)
     for file in files:
@@ -162,7 +162,7 @@ def _dataset_records(splits, root, name):
 def hub_records(
     name="jxie/flickr8k",  # a dataset of the hub with pictures and captions
 ) -> Iterator[dict]:
-    "Pictures from the Hugging Face hub, as they come in."
+    "Pictures from the Hugging Face hub, as they come in; DataError if they can't be fetched."
     from datasets import load_dataset
     try: yield from _dataset_records(load_dataset(name, streaming=True), None, name)
     except DataError: raise
@@ -174,13 +174,13 @@ def hub_records(
 def flickr8k_records(
     path=None,  # Parquet in the layout of the hub's jxie/flickr8k; the hub's by default
 ) -> Iterator[dict]:
-    "Flickr8k: photographs with five captions each."
+    "Flickr8k: photographs with five captions each; DataError if they can't be had."
     yield from parquet_records(path) if path else hub_records()
 
 def folder_records(
     path,  # a folder of pictures, with metadata.csv or .jsonl for captions, and folders for splits or classes
 ) -> Iterator[dict]:
-    "Pictures from a folder, as `datasets` reads its imagefolder."
+    "Pictures from a folder, as `datasets` reads its imagefolder; DataError if it can't be read so."
     from datasets import load_dataset
     root, seen = Path(path).resolve(), set()
     if not root.is_dir(): raise DataError(f"There is no folder {path}.")
@@ -205,7 +205,9 @@ def pictures_at(
     paths,        # files, folders of pictures, collections or Parquet
     output=None,  # a file that will be written; it must be none of these
 ) -> Iterator[tuple[str, Any]]:  # a name; bytes, or a path to read them from
-    "Loose pictures, one after the other."
+    """Loose pictures, one after the other.
+
+    DataError if nothing is at a path, ConfigError if the output is one of them."""
     paths = [Path(path) for path in paths]
     for path in paths:
         if not path.exists(): raise DataError(f"There is nothing at {path}.")

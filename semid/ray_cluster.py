@@ -18,7 +18,9 @@ def start_ray(
     address,      # of a cluster, such as "auto"; a local one is started when None
     store_bytes,  # of the object store of a local one
 ):                # the module ray, bool
-    "Join a cluster, or start a small local one; returns ray, and whether it is ours to shut down."
+    """Join a cluster, or start a small local one; returns ray, and whether it is ours to shut down.
+
+    ConfigError if none is at the address; SemidError if the local one does not start."""
     try: import ray
     except ImportError:
         raise ImportError("Ray is required for n_workers >= 1: pip install 'semid[ray]', or use "

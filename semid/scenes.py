@@ -37,6 +37,7 @@ _OTHER_WAY = {"left": "right", "right": "left", "above": "below", "below": "abov
 
 @dataclass(frozen=True)
 class Things:
+    "Equal things: how many, how large, of which colour and shape."
     count: int
     size: str
     colour: str
@@ -209,7 +210,7 @@ def render(
     side=96,  # pixels
     rng=0,    # a seed, or a numpy generator
 ) -> Image.Image:
-    "Draw a scene, square and in RGB."
+    "Draw a scene, square and in RGB; ConfigError for less than 32 pixels."
     if side < 32: raise ConfigError(f"side must be at least 32 pixels to show anything, not {side}.")
     rng = np.random.default_rng(rng)
     picture = _ground(scene.background, side, rng)
@@ -274,7 +275,9 @@ def scenes(
     damaged=0.1,   # share that is damaged, if `damage` is given
     damage=None,   # (picture, numpy generator) -> damaged picture, family, severity
 ) -> Iterator[dict[str, Any]]:  # id, image {bytes, path}, captions; group, copy_kind, damage, severity, scene
-    "Rendered pictures with the truth beside them, the same ones for the same settings."
+    """Rendered pictures with the truth beside them, the same ones for the same settings.
+
+    ConfigError for a number below 1, or shares that are none."""
     if n < 1 or not 0 <= copies <= 1 or not (0 <= damaged and copies + damaged <= 1 + 1e-9):
         raise ConfigError("n must be at least 1, and copies and damaged shares that are together at most 1.")
     source, harmed = _roles(n, copies, damaged if damage else 0, seed)

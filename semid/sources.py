@@ -24,7 +24,7 @@ class Fingerprint:
         ids,  # (n,) strings or integers
         X,    # (n, D) numbers, hashed as little-endian float32
     ):
-        "Add a batch; how rows are cut into batches makes no difference."
+        "Add a batch; how rows are cut into batches makes no difference; DataError for a null id."
         text = as_texts(ids)
         if text.null_count: raise DataError("An id is null: every row needs one.")
         rows = np.ascontiguousarray(as_numbers(X, len(text), None), "<f4")
@@ -53,7 +53,7 @@ def data_fingerprint(
 def load_npy(
     path,
 ):  # a read-only memory map
-    "A .npy file, mapped; never a pickle."
+    "A .npy file, mapped; never a pickle; DataError if it is none, or not whole."
     safe = "save one array by np.save(path, array, allow_pickle=False)"
     try: array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError: raise DataError(f"There is no file {path}.") from None
@@ -79,7 +79,9 @@ def features_from_npy(
     ids=None,   # (N,) a list, a .npy file, or a text file with one a line; the row's number by default
     dtype=None, # what is stored; float16 where the array is that, else float32
 ) -> Path:      # `out`
-    "Turn a .npy array into a features file, piece by piece."
+    """Turn a .npy array into a features file, piece by piece.
+
+    ShapeMismatchError for another shape or number of ids; DataError for NaN, or a file that can't be read."""
     array = load_npy(npy)
     if array.ndim != 2: raise ShapeMismatchError(f"{npy} has shape {array.shape}: expected (N, D).")
     n, dim = array.shape
@@ -97,7 +99,9 @@ def load_source(
     path=None,  # for features: as in `open_features`
     **options,  # for features: as in `open_features`; these come before the settings
 ):  # (N,) ids, (N, D) float32 features
-    "The ids and features that the pipeline runs on."
+    """The ids and features that the pipeline runs on.
+
+    ConfigError for an unknown source, or no path; DataError for files that can't be read."""
     if not isinstance(source, str):
         settings, source = source, source["source"]
         keys = [k for k in ("id_column", "feature_column", "metric", "max_bad_fraction") if k in settings]

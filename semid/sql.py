@@ -98,7 +98,8 @@ def _is_ready(engine, tables):
         if not inspector.has_table(table.name): return False
         if missing := {c.name for c in table.c} - {c["name"] for c in inspector.get_columns(table.name)}:
             names = ", ".join(sorted(missing))
-            raise ModelFormatError(f"{shown(engine.url)}: its table {table.name} has no column {names}.")
+            raise ModelFormatError(f"{shown(engine.url)}: its table {table.name} has no column {names}: "
+                                   "another version of semid made it. Use that one, or another database.")
     return True
 
 def _create(engine, tables):
@@ -139,7 +140,10 @@ if hasattr(os, "register_at_fork"): os.register_at_fork(before=_close_files, aft
 _ONE_STATE = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 
 class Database:
-    "Where the tables of a registry are."
+    """Where the tables of a registry are.
+
+    ConfigError for no URL, or one without a driver; ModelFormatError for a file that is no such database, or
+    damaged; SemidError if it is locked, or can't be written."""
     def __init__(
         self,
         url,                    # an SQLite file, or a SQLAlchemy URL
@@ -157,7 +161,9 @@ class Database:
         self,
         write=False,  # shall it change anything?
     ) -> Iterator[sa.Connection]:
-        "A connection in a transaction, which is kept if the block ends well and else undone."
+        """A connection in a transaction, which is kept if the block ends well and else undone.
+
+        SemidError if the database is locked or away; DataError for what it can't keep."""
         options: dict[str, Any] = {"semid_begin": "BEGIN IMMEDIATE" if write else "BEGIN"}
         if not write and self.url.get_backend_name() != "sqlite": options |= _ONE_STATE
         with _errors(self.url), self._engine.connect().execution_options(**options) as connection:

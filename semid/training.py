@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shuffled', 'learning_rate', 'Training', 'check_checkpoint', 'checkpoint_in', 'seed_of', 'check_settings',
-           'precision_on', 'train']
+           'precision_on', 'one_thread', 'train']
 
 # %% ../nbs/04_training.ipynb #8533d966
 import hashlib, json, math
@@ -37,7 +37,7 @@ def learning_rate(
     period=1,      # "step": steps between two falls
     gamma=0.5,     # "step": by what it falls
 ) -> Callable[[int], float]:  # number of a step, from 0, to a share of the full rate
-    "How the learning rate changes in the course of a training."
+    "How the learning rate changes in the course of a training; ConfigError for an unknown schedule."
     rising = lambda step: min(1.0, (step + 1) / (warm_up + 1))
     if schedule is None: return lambda step: 1.0
     if schedule == "constant_with_warmup": return rising
@@ -64,7 +64,9 @@ class Training:
         by,                # which of them counts
         larger_is_better,  # else the smallest is the best
     ) -> bool:
-        "Whether these numbers are the best so far; if so they are noted."
+        """Whether these numbers are the best so far; if so they are noted.
+
+        ConfigError if there is no such number; SemidError if it is not finite."""
         if by not in values: raise ConfigError(f"No {by!r} to choose by: there is {', '.join(values)}.")
         value = values[by]
         if not math.isfinite(value):
@@ -104,10 +106,10 @@ def _restore_optimizer(optimizer, tensors, about):
 # %% ../nbs/04_training.ipynb #bc334d89
 def _save(path, about, parts, rest):
     "Write a checkpoint; `parts` maps a name to a dict of tensors."
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # the errors of save_file are no OSErrors
     tensors = {f"{part}/{k}": v for part, some in parts.items() for k, v in _copy(some).items()}
     text = json.dumps({"type": "checkpoint", "about": about, **rest})
-    with atomic_path(path) as tmp: save_file(tensors, tmp, {"semid": text})
+    with atomic_path(path) as tmp: tmp.write_bytes(save(tensors, {"semid": text}))
 
 def _load(path, tensors=True):
     "The parts of a checkpoint, where they are wanted, and the rest."
@@ -154,7 +156,7 @@ def checkpoint_in(
 def seed_of(
     path,      # checkpoint
 ) -> int:
-    "The seed of the training that a checkpoint is of."
+    "The seed of the training that a checkpoint is of; ModelFormatError if it is none."
     return _load(path, tensors=False)[1]["about"]["seed"]
 
 def _refuse_other(path, was, about):
@@ -248,6 +250,15 @@ def _seed_of(seed, epoch):
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7], "big")
 
 @contextmanager
+def one_thread():
+    "torch on one thread: where products are so small that others only wait, and long on a busy machine."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+@contextmanager
 def _seeded(model, seed):
     "torch draws from `seed` inside, and goes on as before afterwards; yields a generator of its own."
     import torch
@@ -281,7 +292,10 @@ def train(
     log=None,                # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=None,           # what a progress bar is called; none by default
 ) -> Training:
-    "Train, and keep the best weights. A run that is cut off and resumed ends as a whole one would."
+    """Train, and keep the best weights. A run that is cut off and resumed ends as a whole one would.
+
+    ConfigError for a setting out of range, or a checkpoint of another training; SemidError if the loss is not
+    finite, or there is no batch."""
     if epochs < 0 or accumulate < 1 or (patience is not None and patience < 1):
         raise ConfigError("epochs must be at least 0, accumulate and patience at least 1.")
     check_checkpoint(checkpoint, resume)

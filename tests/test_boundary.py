@@ -135,6 +135,15 @@ def test_a_killed_training_ends_as_a_whole_one(tmp_path):
     assert one == other and {*one} == {"metadata.json", "model.safetensors", "training.png"}
 
 
+def test_only_its_own_checkpoint_is_removed(tmp_path):
+    (tmp_path / "samples.json").write_text(json.dumps(sample_moments(60)))
+    done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(SMALL)], cwd=tmp_path, timeout=120)
+    assert done.returncode == -9
+    mark = (tmp_path / "model" / "last").read_bytes()
+    train_boundary(tmp_path / "samples.json", tmp_path / "model", checkpoint=tmp_path / "elsewhere", **SMALL)
+    assert (tmp_path / "model" / "last").read_bytes() == mark
+
+
 def test_windows_of_a_real_model_fit_better(tmp_path):
     "A fifth of the videos of QVHighlights' validation split, which the regressor does not know."
     rows = pq.read_table(real_data("qvhighlights_val.parquet")).to_pylist()

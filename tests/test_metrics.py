@@ -109,7 +109,10 @@ def test_without_ties_they_are_the_textbook_formulas():
     found = [i for i in M.find_similar(codes, 0, k)[0]]
     near = M.nearest_neighbours(X, k)
     row = list(near.queries).index(0)
-    hit, gain = neighbours._expected(near, codes, "hierarchical")
+    query = np.repeat(near.queries, np.diff(near.offsets))
+    distance = M.hierarchical_distance(codes[query], codes[near.items])
+    sizes = neighbours._group_sizes(codes, near.queries, "hierarchical")
+    hit, gain = neighbours._expected(near, sizes, distance)
     assert hit[row].sum() == len(set(true) & set(found))
     assert list(gain[row]) == [k - true.index(i) if i in true else 0 for i in found]
 

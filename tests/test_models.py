@@ -446,17 +446,25 @@ def test_a_regressor_trained_among_models_is_written_down(tmp_path, mirror):
     assert semid("verify", "--models-dir", tmp_path / "m").returncode == 0
 
 
-def test_a_kill_while_a_regressor_is_trained_is_no_obstacle(tmp_path, tiny, mirror):
-    killed = ("import os, signal, semid.training as training\n"
-              "def write(*_, known=training._write_checkpoint):\n"
-              "    known(*_)\n"
-              "    os.kill(os.getpid(), signal.SIGKILL)\n"
-              "training._write_checkpoint = write\n")
+KILLED = {"epoch": ("import os, signal, semid.training as training\n"
+                    "def write(*_, known=training._write_checkpoint):\n"
+                    "    known(*_)\n"
+                    "    os.kill(os.getpid(), signal.SIGKILL)\n"
+                    "training._write_checkpoint = write\n"),
+          "plot": ("import os, signal, semid.models.boundary as boundary\n"
+                   "boundary.plot_boundary = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n")}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_kill_while_a_regressor_is_trained_is_no_obstacle(tmp_path, tiny, mirror, when):
     words = ["download", "--regressor-only", "--source", mirror.as_uri(), "--models-dir", str(tmp_path), "-q"]
-    process = subprocess.run([sys.executable, "-c", killed + START, str(tiny), "models", *words])
+    process = subprocess.run([sys.executable, "-c", KILLED[when] + START, str(tiny), "models", *words])
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "regressor").iterdir()] == ["last"]
+    left = {"last"} if when == "epoch" else {"last", "metadata.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "regressor").iterdir()} == left
     assert semid(*words).returncode == 0 and verify_models(tmp_path) == {"regressor": []}
+    assert read_manifest(tmp_path)["regressor"]["source"] == "trained here on 2,000 simulated moments"
+    assert not (tmp_path / "regressor" / "last").exists()
 
 
 @pytest.fixture
@@ -607,6 +615,11 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
                  "files": {name: {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}}
         manifest.write_text(json.dumps({"type": "manifest of models", "models": {"evil": about}}))
         assert verify_models(tmp_path / "m")["evil"] == [f"{name} leads out of the folder"]
+    (tmp_path / "m" / "circle").symlink_to("circle")
+    for name in "circle", "n" * 300:
+        about["files"] = {name: {"size": 1, "sha256": "0" * 64}}
+        manifest.write_text(json.dumps({"type": "manifest of models", "models": {"evil": about}}))
+        assert verify_models(tmp_path / "m")["evil"][0].startswith(name)
     manifest.write_text("{}")
     with pytest.raises(ModelFormatError, match="is no manifest"): verify_models(tmp_path / "m")
     with pytest.raises(DataError, match="has no model_manifest.json"): verify_models(tmp_path / "n")

@@ -10,13 +10,14 @@ import semid
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-STAGES = sorted((ROOT / "experiments").glob("*.ipynb"))
+STAGES = sorted((ROOT / "experiments").glob("[0-9]*.ipynb"))
+EXPLORATIONS = sorted({*(ROOT / "experiments").glob("*.ipynb")} - {*STAGES})
 BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
 
 # in this order: each may import from itself and from those before it
 ROOMS = """config features sources images scenes picture_sources collection tracking sql training networks
     onnx_file ray_cluster backbone classifier quality ranking clustering semantic_ids serving models
-    registry cli""".split()
+    registry overview cli""".split()
 
 
 def name_of(path): return path.relative_to(ROOT).as_posix()
@@ -76,7 +77,7 @@ def test_runs_leave_no_files(runs):
     assert files() - runs[1] == set()
 
 
-@of(NOTEBOOKS + STAGES + BENCHMARKS)
+@of(NOTEBOOKS + STAGES + EXPLORATIONS + BENCHMARKS)
 def test_it_is_clean(path):
     notebook = json.loads(path.read_text())
     assert set(notebook["metadata"]) <= {"kernelspec"}
@@ -155,12 +156,27 @@ def test_there_are_stages_and_they_are_used():
     assert STAGES and {path.name for path in STAGES} == {name for name, _ in commands()}
 
 
-@of(STAGES)
-def test_a_stage_has_no_outputs_and_no_functions(path):
+@of(STAGES + EXPLORATIONS)
+def test_outside_the_library_there_are_no_outputs_and_no_functions(path):
     code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
     definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     assert not [source_of(cell) for cell in code if cell["outputs"]]
     assert not [n.name for cell in code for n in ast.walk(tree_of(cell)) if isinstance(n, definitions)]
+
+
+@of(EXPLORATIONS)
+def test_an_exploration_writes_nothing_and_has_small_cells(path):
+    code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
+    modules = {name for cell in code for name in imported(tree_of(cell))}
+    assert modules and "semid.tracking" not in modules
+    assert not any(map(is_parameters, cells_of(path)))
+    calls = [n.func for cell in code for n in ast.walk(tree_of(cell)) if isinstance(n, ast.Call)]
+    called = {getattr(function, "attr", getattr(function, "id", "")) for function in calls}
+    writers = """open write_text write_bytes to_csv to_parquet save save_figure write_json write_page
+        start_run unlink rename mkdir"""
+    assert not called & set(writers.split())
+    assert not [source_of(cell) for cell in code[1:] if source_of(cell).count("\n") > 8]
+    assert any(path.name in name for name in (ROOT / "tests" / "test_pipeline.py").read_text().split("\""))
 
 
 @of(STAGES)

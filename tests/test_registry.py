@@ -1,4 +1,5 @@
 "The registry against a dict, other processes, a kill and harm, on SQLite and PostgreSQL."
+import json
 import os
 import shutil
 import signal
@@ -6,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from semid import (ClassAP, ConflictError, DataError, ModelService, ModelsFilter, ModelsFilterOptions,
                    ModelTrainClass, NotFoundError, Undefined)
 from semid.config import SemidError
-from semid.registry.tables import TABLES
+from semid.registry.tables import CLASSES as ROWS
+from semid.registry.tables import COPIED, MODELS, TABLES
 
 
 def server():
@@ -35,17 +38,16 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     "The URL of a PostgreSQL server of our own."
     programs = server()
     if not programs: pytest.skip("PostgreSQL's initdb is not here")
-    folder, port = Path(tmp_path_factory.mktemp("pg")), free_port()
+    folder, port = Path(tempfile.mkdtemp()), free_port()  # pytest's own folders are for its user alone
     as_user: dict = {}
     if os.getuid() == 0:  # which PostgreSQL refuses to run as
         import pwd
         try: user = pwd.getpwnam("postgres")
         except KeyError: pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-        for path in (folder, *folder.parents[:2]): path.chmod(0o755)
         os.chown(folder, user.pw_uid, user.pw_gid)
         as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     run = lambda *words: subprocess.run(words, cwd=folder, capture_output=True, text=True, **as_user)
@@ -57,6 +59,7 @@ def postgres(tmp_path_factory):
     if started.returncode: pytest.skip(f"PostgreSQL can't be started: {started.stdout.strip()[-300:]}")
     yield f"postgresql+psycopg://semid@127.0.0.1:{port}/postgres"
     run(programs / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -83,8 +86,11 @@ def service(url):
 
 NAMES = st.text("aAbBäß%_/'\" -0", min_size=1, max_size=6)
 APS = st.sampled_from([None, 0.0, 0.25, 0.5, 0.75, 1.0])
-CLASSES = st.dictionaries(st.sampled_from(["car", "bus", "Car", "100%"]), APS, max_size=3).map(
-    lambda aps: [ModelTrainClass(class_name=name, ap=ap) for name, ap in aps.items()])
+TYPES = st.sampled_from([None, "box", "mask"])
+KINDS = st.tuples(st.sampled_from(["car", "bus", "Car", "100%"]), TYPES)
+CLASSES = st.dictionaries(KINDS, APS, max_size=3).map(
+    lambda aps: [ModelTrainClass(class_name=name, annotation_type=type, ap=ap)
+                 for (name, type), ap in aps.items()])
 LEAVES = st.sampled_from([None, True, 1, 1.5, "1", [1, 2], {}])
 VALUES = LEAVES | st.dictionaries(st.just("z"), LEAVES)
 META = st.none() | st.dictionaries(st.sampled_from("xy"), VALUES, max_size=2)
@@ -92,8 +98,8 @@ PARTS = st.text("aB%_ß/", min_size=1, max_size=2)
 SLICES = st.sampled_from([[], ["train"], ["val", "train"]])
 HELD = st.booleans() | st.none()
 BOUND = st.none() | st.sampled_from([0.25, 0.5, 0.75])
-CLASS_AP = st.builds(ClassAP, class_name=st.sampled_from(["car", "bus"]), least=st.sampled_from([0, 0.5]),
-                     most=st.sampled_from([0.5, 1]))
+CLASS_AP = st.builds(ClassAP, class_name=st.sampled_from(["car", "bus"]), annotation_type=TYPES,
+                     least=st.sampled_from([0, 0.5]), most=st.sampled_from([0.5, 1]))
 ONE = st.builds(
     ModelsFilterOptions, name=st.none() | NAMES, name_contains=st.none() | PARTS,
     is_trained=HELD, is_pinned=HELD, baseline_model=st.none() | st.sampled_from(["net", "Net"]),
@@ -125,7 +131,7 @@ def average(model):
 
 def in_range(one, model):
     return any(c.class_name == one.class_name and c.ap is not None and one.least <= c.ap <= one.most
-               for c in model["training_classes"])
+               and one.annotation_type in (None, c.annotation_type) for c in model["training_classes"])
 
 
 def fits(options, model):
@@ -145,7 +151,14 @@ def fits(options, model):
         not o.any or any(fits(one, model) for one in o.any)])
 
 
-def is_empty(options): return not options.model_dump(exclude_none=True, exclude_defaults=True)
+def is_empty(options):
+    "Whether there is no condition in it."
+    plain = options.model_dump(exclude={"all", "any"}, exclude_none=True).values()
+    return all(value in ([], {}) for value in plain) and all(
+        map(is_empty, [*(options.all or []), *(options.any or [])]))
+
+
+def text(meta): return json.dumps(meta, sort_keys=True)  # in which 1 is not True
 
 
 def kept(models_filter, model):
@@ -186,19 +199,21 @@ class Registry(RuleBasedStateMachine):
         self.actions[made.id] = ["create"]
         return made.id
 
-    @rule(id=models, name=NAMES | st.just(Undefined), classes=CLASSES | st.just(Undefined),
+    @rule(id=models, name=NAMES | st.just(Undefined), base=st.sampled_from(["net", "Net", Undefined]),
+          classes=CLASSES | st.just(Undefined),
           meta=META | st.just(Undefined), slices=SLICES | st.just(Undefined),
           is_trained=st.booleans() | st.just(Undefined), description=st.sampled_from([None, "a", Undefined]))
-    def update(self, id, name, classes, meta, slices, is_trained, description):
+    def update(self, id, name, base, classes, meta, slices, is_trained, description):
         before = self.service.get_model("d", id)
-        given = {"name": name, "training_classes": classes, "meta": meta, "slices": slices,
-                 "is_trained": is_trained, "description": description}
+        given = {"name": name, "baseline_model": base, "training_classes": classes, "meta": meta,
+                 "slices": slices, "is_trained": is_trained, "description": description}
         self.live[id] |= {key: value for key, value in given.items() if value is not Undefined}
-        after = self.service.update_model("d", id, name=name, training_classes=classes, meta=meta,
-                                          training_slice_ids=slices, is_trained=is_trained,
+        after = self.service.update_model("d", id, name=name, baseline_model=base, training_classes=classes,
+                                          meta=meta, training_slice_ids=slices, is_trained=is_trained,
                                           description=description, revision=before.revision)
-        assert after.revision - before.revision == (after != before)
-        if after != before:
+        differs = after != before or text(after.meta) != text(before.meta)
+        assert after.revision - before.revision == differs
+        if differs:
             self.actions[id].append("update")
             with pytest.raises(ConflictError):
                 self.service.update_model("d", id, meta=7, revision=before.revision)
@@ -248,11 +263,16 @@ class Registry(RuleBasedStateMachine):
             model = self.service.get_model("d", id)
             assert {key: getattr(model, key) for key in said if key != "slices"} == {
                 key: value for key, value in said.items() if key != "slices"}
+            assert text(model.meta) == text(said["meta"])
             assert [one.id for one in model.training_slices] == said["slices"]
             assert model.average_ap == pytest.approx(average(said))
             history = self.service.get_history("d", id)
             assert [one.action for one in history] == self.actions[id]
             assert [one.revision for one in history] == [*range(1, model.revision + 1)]
+        with self.service.database.transaction() as connection:  # what classes repeat of their models
+            both = sa.select(ROWS, MODELS).join(MODELS, ROWS.c.model == MODELS.c.key)
+            rows = [row._mapping for row in connection.execute(both)]
+        assert all(row[ROWS.c[name]] == row[MODELS.c[name]] for row in rows for name in COPIED)
 
 
 FEW = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -291,6 +311,13 @@ def writing(url, name, n):
     return found
 
 
+def rest(running):
+    "What `running` prints until it ends; communicate() forgets what readline() had read ahead."
+    with running.stdout: found = running.stdout.read()
+    running.wait(timeout=60)
+    return found
+
+
 @pytest.mark.parametrize("order", ["created_at", "-created_at", "name"])
 def test_each_model_comes_once_while_others_come_and_go(service, url, order):
     old = {service.create_model("d", f"old {n:03}", "net").id for n in range(60)}
@@ -300,14 +327,14 @@ def test_each_model_comes_once_while_others_come_and_go(service, url, order):
         models, cursor, total = service.get_models("d", None, cursor, 3, order)
         assert total >= 60
         found += [model.id for model in models]
-    others.communicate(timeout=60)
+    assert rest(others) and others.returncode == 0
     assert len({*found}) == len(found) and old <= {*found}
     assert service.get_models("d")[2] == 60 + 40
 
 
 def test_two_processes_write_at_once(service, url):
     both = [writing(url, name, 40) for name in ("bob", "eve")]
-    ids = [id for one in both for id in one.communicate(timeout=120)[0].split()]
+    ids = [id for one in both for id in rest(one).split()]
     assert [one.returncode for one in both] == [0, 0] and len({*ids}) == 80
     made = [*service.iter_models("d"), *service.iter_models("d", deleted=True)]
     assert {model.id for model in made} == {*ids}
@@ -371,7 +398,7 @@ def test_a_kill_loses_nothing_that_was_told(service, url, after):
     told = [one.stdout.readline().strip() for _ in range(5)]
     time.sleep(after)
     one.send_signal(signal.SIGKILL)
-    told += [line for line in one.communicate()[0].split("\n") if len(line) == len(told[0])]
+    told += [line for line in rest(one).split("\n") if len(line) == len(told[0])]
     found = {model.id: model for gone in (False, True) for model in service.iter_models("d", deleted=gone)}
     assert {*told} <= {*found} and len(found) <= len(told) + 1
     for id, model in found.items():  # none is half there
@@ -455,6 +482,19 @@ def test_what_was_read_and_spoilt_is_refused(service):
         service.update_model("d", model.id, is_trained=True, trained_at=None)
     many = ModelsFilter(must_filter=ModelsFilterOptions(meta={str(n): n for n in range(1100)}))
     with pytest.raises(DataError, match="300 conditions"): service.get_models("d", many)
+    whole = dict.fromkeys(("name", "name_contains", "baseline_model"), "a") | dict.fromkeys(
+        ("is_trained", "is_pinned"), True) | {"average_ap_least": 0.1, "average_ap_most": 0.9}
+    for n, part in (60, whole), (20, {"id_in": ["a"] * 1000}), (8, {"id_in": ["a"] * 1000}), (30, whole):
+        nested = {"all": [{"any": [part] * (n // 2)}, {"all": [part] * (n // 2)}]}
+        asked = ModelsFilter(must_filter=nested, not_filter=None)
+        if n * len(part.get("id_in", part)) <= 10_000 and n * len(part) < 280:
+            assert service.get_models("d", asked)[2] == 0
+        else:
+            with pytest.raises(DataError, match="ask in parts"): service.get_models("d", asked)
+    for odd in "\ud800", "a\0", {}, 7:
+        with pytest.raises((DataError, NotFoundError)): service.create_model("d", "a", "net", [odd])
+        with pytest.raises((DataError, NotFoundError)):
+            service.create_model("d", "a", "net", model_content_id=odd)
     assert service.get_model("d", model.id).revision == 1
 
 

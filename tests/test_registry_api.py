@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from semid import ModelService, RegistryClient, create_registry_app
 from semid.config import ConfigError, DataError, SemidError
+from semid.registry import client as registry_client
 from semid.registry.entities import ConflictError, NotFoundError
 from semid.registry.tables import TABLES
 
@@ -534,11 +535,25 @@ def test_weights_may_take_their_time(tmp_path):
     with RegistryClient(f"http://127.0.0.1:{server.server_port}", timeout=0.3, retries=0) as client:
         assert client.add_content(tmp_path / "w.npz", "c").sha256 == whole
         with pytest.raises(SemidError, match="none in 0.3 s"): client.get_content("c")
-    with RegistryClient(f"http://127.0.0.1:{server.server_port}", timeout=0.3, retries=0,
+    with RegistryClient(f"http://127.0.0.1:{server.server_port}", timeout=0.3,
                         transfer_timeout=0.4) as client:
         with pytest.raises(SemidError, match="none in 0.4 s"): client.add_content(tmp_path / "w.npz", "c")
+    assert asked.count("PUT") == 2  # what may still be stored is not sent again
     server.shutdown()
     server.server_close()
+
+
+def test_weights_that_grow_while_they_are_sent(service, serve, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.json").write_text("a")
+    def late(path, known=registry_client.describe):
+        found = known(path)
+        (path / "a.json").write_text("a" * 100_000)
+        return found
+    monkeypatch.setattr(registry_client, "describe", late)
+    with RegistryClient(f"http://127.0.0.1:{serve(create_registry_app(service))}") as client:
+        with pytest.raises(DataError, match="chang"): client.add_content(tmp_path / "model")
+    assert rows(service)["registry_contents"] == 0
 
 
 def test_folders_that_are_not_what_they_say(service):

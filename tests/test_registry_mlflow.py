@@ -1,5 +1,5 @@
 "The registry and MLflow: what is shown there, contents, MLflow away, two processes at once, kill -9."
-import json, logging, os, pickle, shutil, signal, socket, subprocess, sys, threading, time
+import io, json, logging, os, pickle, shutil, signal, socket, subprocess, sys, threading, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -549,6 +549,11 @@ def evil(path): path.write_bytes(pickle.dumps(print))
 def text(path): path.write_text("a")
 
 
+def wide(path):
+    "An array with objects, whose header is longer than numpy reads unless it may unpickle."
+    np.save(path, np.array([], [("x" * 20_000, object)]))
+
+
 def locked(path):
     "An archive whose first array says that it is encrypted, and whose second holds an object."
     np.savez(path, a=np.arange(3), b=np.array([{}], object))
@@ -557,11 +562,64 @@ def locked(path):
     path.write_bytes(whole)
 
 
+def archive(name, content, kind=zipfile.ZIP_STORED, damaged=False):
+    "What writes an archive with one member, of which some bytes were lost when it is damaged."
+    def write(path):
+        with zipfile.ZipFile(path, "w", kind) as file: file.writestr(name, content)
+        if damaged:
+            whole = bytearray(path.read_bytes())
+            start = 30 + len(name) + 9  # after the local header, and what the method says of itself
+            whole[start:start + 20] = bytes(20)
+            path.write_bytes(whole)
+    return write
+
+
+def saved(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def disguised(path):
+    "A pickle whose first bytes are also those of a safetensors file, with a header as long as the file."
+    path.write_bytes((b"\x80\x04B\2\0\0\0\0{0" + pickle.dumps(print, 3)[2:]).ljust(37_880_968))
+
+
+def newer(path):
+    "An archive that says to need another program."
+    archive("a.npy", PLAIN)(path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"PK\1\2") + 6] = 99
+    path.write_bytes(whole)
+
+
+def nameless(path):
+    "An archive with a name that is no text."
+    archive("a.npy", PLAIN)(path)
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"PK\1\2")
+    whole[at + 9] |= 8
+    whole[at + 46] = 0xff
+    path.write_bytes(whole)
+
+
+OBJECTS, PLAIN = saved(np.array([{}], object)), saved(np.arange(1000))
+UNREADABLE = b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr': (((('<f8'".ljust(64)
+
 REFUSED = {
-    "pickle": ("a.json", evil), "named .pkl": ("a.pkl", text), "named .pt": ("a.PT", text),
+    "pickle": ("a.json", evil), "header of no form": ("a.npy", lambda path: path.write_bytes(UNREADABLE)),
+    "header of no form in an archive": ("a.npz", archive("a.npy", UNREADABLE)),
+    "pickle that begins like safetensors": ("a.dat", disguised), "odd archive": ("a.npz", newer),
+    "name of no letters": ("a.npz", nameless),
+    "cut archive": ("a.npz", lambda path: path.write_bytes(b"PK\3\4" * 9)),
+    "damaged bz2": ("a.npz", archive("a.npy", PLAIN, zipfile.ZIP_BZIP2, damaged=True)),
+    "damaged lzma": ("a.npz", archive("a.npy", PLAIN, zipfile.ZIP_LZMA, damaged=True)),
+    "objects in a member of another name": ("a.npz", archive("a", OBJECTS)),
+    "pickle in a member of another name": ("a.zip", archive("a.txt", pickle.dumps(print))),
+    "named .pkl": ("a.pkl", text), "named .pt": ("a.PT", text),
     "objects": ("a.npy", lambda path: np.save(path, np.array([{}], object))),
     "archive": ("a.npz", lambda path: np.savez(path, a=np.array([{}], object))),
-    "pickle behind a locked member": ("a.npz", locked),
+    "pickle behind a locked member": ("a.npz", locked), "long header": ("a.npy", wide),
     "link out": ("a.json", lambda path: path.symlink_to("/etc/hostname")),
     "link to a folder": ("a", lambda path: path.symlink_to("/etc")), "device": ("a.json", os.mkfifo),
     "dangling": ("a.json", lambda path: path.symlink_to("nothing")), "empty": ("a.json", Path.touch),

@@ -4,12 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import real_data, residual_codes
+from conftest import real_data, residual_codes, semid
 from hypothesis import assume, given, settings, strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from semid import KMeans, RQKMeans
+from semid import KMeans, RQKMeans, write_features
 from semid.clustering.sums import ClusterSums
 from semid.clustering.nearest import Codebooks, _assign_on_device, assign, nearest, quantise_rows
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
@@ -370,6 +370,17 @@ def test_equal_models_are_equal_files(tmp_path):
     for name in "ab": RQKMeans(2, 8, random_state=0).fit(X).save(tmp_path / name)
     for file in ("codebooks.npz", "metadata.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_model_of_another_kind_is_not_overwritten(tmp_path):
+    KMeans(3, random_state=0).fit(X).save(tmp_path / "kmeans")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "kmeans").iterdir()}
+    with pytest.raises(ConfigError, match="holds a model of KMeans, which is no RQKMeans or RQVAE"):
+        RQKMeans(2, 4, random_state=0).fit(X).save(tmp_path / "kmeans")
+    write_features(tmp_path / "X.parquet", [f"{i}" for i in range(len(X))], X)
+    done = semid("fit", "X.parquet", "-o", "kmeans", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "which is no RQKMeans" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kmeans").iterdir()} == before
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -31,7 +31,7 @@ def fit(
     seed: Seed = 0,
     work_dir: Annotated[Path | None, typer.Option(help="Fit on disk, in this folder, what memory does not "
                         "hold; a fit that was killed goes on there. The result is the same.")] = None,
-    n_workers: Annotated[int, typer.Option(help="With --work-dir: Ray processes; 0: none.")] = 0,
+    n_workers: Annotated[int, typer.Option(help="With --work-dir: Ray processes; 0 or 1: none.")] = 0,
     device: Device = "auto",
     id_column: IdColumn = "id",
     feature_column: FeatureColumn = "feature",
@@ -40,7 +40,9 @@ def fit(
     quiet: Quiet = False,
 ):
     "Learn codebooks from vectors."
+    from semid.networks import check_room
     from semid.semantic_ids.rq_kmeans import RQKMeans
+    check_room(output, "RQKMeans", "RQVAE")
     each = whole_numbers(clusters, "--clusters")
     model = RQKMeans(levels, each[0] if len(each) == 1 else each, metric=metric.value, max_iter=max_iter,
                      implementation="constrained" if balanced else "kmeans", slack=slack, n_init=n_init,

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .options import COMMANDS, Device, Quiet, Seed, app
+from .options import COMMANDS, Device, Quiet, Seed, app, print_table
 from ..config import ConfigError, DataError, write_json
 
 # %% ../../nbs/cli/06_models.ipynb #69120ba2
@@ -20,12 +20,6 @@ models = typer.Typer(help="Models the pipeline can use: fetch and verify them, e
 app.add_typer(models, name="models")
 
 ModelsDir = Annotated[Path, typer.Option(help="Folder of all models.")]
-
-def _table(rows):
-    "Rows of equal keys, in columns."
-    lines = [[*rows[0]], *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines: typer.echo("  ".join(text.ljust(n) for text, n in zip(line, widths)).rstrip())
 
 @models.command()
 def download(
@@ -75,7 +69,7 @@ def list_command(models_dir: ModelsDir = Path("models")):
     from semid.models.manifest import list_models
     rows = list_models(models_dir)
     if not rows: raise DataError(f"{models_dir} has no manifest of models: use `semid models download`.")
-    _table(rows)
+    print_table(rows)
 
 @models.command()
 def index(folder: Annotated[Path, typer.Argument(help="With a folder for each repository of the hub.")]):
@@ -181,7 +175,7 @@ def rerank(
     candidates: Annotated[Path, typer.Argument(help="A text a line.")],
     model_path: Annotated[Path, typer.Option(help="Of an exported cross-encoder.")] = Path("models/reranker"),
     top_k: Annotated[int | None, typer.Option(help="How many; all by default.")] = None,
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ):
     "Sort texts by how well they answer: score, line, text. Lines without text keep their place."
     from semid.models.reranker import Reranker

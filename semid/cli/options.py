@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'app', 'Sources', 'IdColumn', 'FeatureColumn', 'MaxBad', 
            'Metric', 'Format', 'open_sources', 'whole_numbers', 'print_table']
 
 # %% ../../nbs/cli/00_options.ipynb #a0420762
+import errno, gc, re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +25,21 @@ COMMANDS: dict[str, Any] = dict(
 app = typer.Typer(help="Embeddings to semantic IDs, and what comes before: cluster, deduplicate; then fit, "
                        "encode, evaluate, sweep.", **COMMANDS)
 
+def _told(error):
+    "What an error says, and what to do."
+    number, where = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number == errno.ENOSPC: return "The disk is full: make room, and give the same command again."
+    if number not in (errno.EROFS, errno.EACCES, errno.EPERM) or where is None: return str(error)
+    meant = re.sub(r"\.([^/]+)\.\d+-\w+\.tmp$", r"\1", str(where))  # the file that it would have become
+    return f"{meant} can't be used ({error.strerror}): name another place, or change who may use it."
+
 def run():
     "Run the command line; errors are one sentence."
-    try: app()
-    except (SemidError, OSError, ImportError) as e:
-        typer.echo(f"semid: {e}", err=True)
-        raise SystemExit(1) from None
+    try: return app()
+    except (SemidError, OSError, ImportError) as e: told = _told(e)
+    gc.collect()  # with the error go the progress bars that it holds, which end their lines
+    typer.echo(f"semid: {told}", err=True)
+    raise SystemExit(1)
 
 # %% ../../nbs/cli/00_options.ipynb #1b90fa3b
 class Metric(StrEnum):

@@ -268,7 +268,7 @@ def assign_costs_with_bounds(
     size_max=None,   # largest size of a cluster; N if None
     n_threads=None,  # threads to use; all by default: the result is the same
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,) int32 labels, (K,) float64 prices
-    "The cheapest assignment with sizes within bounds; each item is where its cost + price is least."
+    "The cheapest assignment within bounds, where cost + price is least; ConfigError if no sizes fit."
     costs = np.asarray(costs)
     if costs.dtype.kind not in "fiub" or costs.ndim != 2 or not costs.size:
         raise ShapeMismatchError(f"costs must be an (N, K) matrix of numbers: {costs.dtype} {costs.shape}.")
@@ -290,7 +290,7 @@ def assign_with_bounds(
     size_max=None,   # largest size of a cluster; N if None
     n_threads=None,  # threads to use; all by default: the result is the same
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,) int32 labels, (K,) float64 prices, in squared distance
-    "The assignment of points to centroids with sizes within bounds and the least sum of squared distances."
+    "The assignment within bounds of the least sum of squared distances; ConfigError if no sizes fit."
     C = as_matrix(centroids, "centroids")
     X = as_matrix(X, dim=C.shape[1])
     check_finite(X)
@@ -315,7 +315,9 @@ class _BalancedRows(InMemory):
 
 # %% ../../nbs/clustering/08_balanced.ipynb #f9cdbfc8
 class BalancedKMeans(Clusterer):
-    "k-means with sizes within exact bounds; the same result for any number of threads."
+    """k-means with sizes within exact bounds; the same result for any number of threads.
+
+    Fitted: `cluster_centers_` (K, D) float32, `labels_` (N,) int32, `prices_` (K,) float64, `inertia_`."""
     kind = "BalancedKMeans"
     def __init__(
         self,
@@ -346,7 +348,9 @@ class BalancedKMeans(Clusterer):
         X,       # (N, D)
         y=None,  # not looked at: for scikit-learn's pipelines
     ) -> "BalancedKMeans":
-        "Find `n_clusters` centroids of the rows, and the cheapest labels within the bounds."
+        """Find `n_clusters` centroids of the rows, and the cheapest labels within the bounds.
+
+        ConfigError for bounds that N rows don't fit; ShapeMismatchError for N < K, DataError for NaN."""
         X = normalise_rows(X, n_threads=self.n_threads) if self.metric == "cosine" else as_matrix(X)
         check_finite(X)
         check_enough(len(X), self.n_clusters)
@@ -390,7 +394,7 @@ class BalancedKMeans(Clusterer):
         X,            # (N, D), seen or new
         prices=True,  # add the prices, so that new items keep the balance; plain nearest centroids if False
     ) -> np.ndarray:  # (N,) int32
-        "The cluster of each row by itself: no bounds, but the prices of those that were fitted."
+        "The cluster of each row by itself, by the fitted prices; NotFittedError before `fit`."
         X = self._fitted(X)
         books = Codebooks([self.cluster_centers_], prices=[self.prices_] if prices else None)
         return assign(LazyRows(X, books.shift), books, n_threads=self.n_threads)[:, 0]

@@ -234,7 +234,9 @@ def sample_pairs(
 
 # %% ../../nbs/clustering/16_dedup.ipynb #e1554499
 class SemanticDeduplicator(Settings):
-    "Finds items whose vectors nearly point the same way, and keeps one where there are several."
+    """Finds items whose vectors nearly point the same way, and keeps one where there are several.
+
+    ConfigError for a setting out of range."""
     def __init__(
         self,
         threshold=0.95,       # cosine from which on two items are duplicates
@@ -287,7 +289,9 @@ class SemanticDeduplicator(Settings):
         within=None,       # remove duplicates inside `features` too; by default where `against` is None
         priority=None,     # for an array, where `keep` names a column: (N,) its values
     ) -> Duplicates:
-        "Which items to keep, which to remove and why."
+        """Which items to keep, which to remove and why.
+
+        DataError if no row can be compared, or for too many pairs; ShapeMismatchError for two widths."""
         if self.n_workers and self.staging is None: _check_nearby(self.address)
         column = None if self.keep in ("hard", "easy", "random") else self.keep
         options = dict(max_bad_fraction=self.max_bad_fraction, id_column=self.id_column,
@@ -377,7 +381,7 @@ def write_kept(
     id_column="id",   # of the files that are read
     feature_column="feature",
 ) -> Path:            # `path`
-    "Write the items that are kept as a features file, in memory that does not grow."
+    "Write the items that are kept as a features file, in flat memory; DataError for other features."
     source = _Source(features, ids, max_bad_fraction=1., id_column=id_column, feature_column=feature_column)
     check_apart(path, (*source.files, *result.files))
     wanted = result.items["id"].slice(0, len(result.items) - int(result.items["old"].to_numpy().sum()))

@@ -68,7 +68,10 @@ def _same_data(folder, sources, progress):
 
 # %% ../../nbs/clustering/12_distributed.ipynb #eb4ac402
 class DistributedKMeans:
-    "`KMeans` for Parquet shards that no memory holds: the same centroids for any number of workers."
+    """`KMeans` for Parquet shards that no memory holds: the same centroids for any number of workers.
+
+    Fitted: `cluster_centers_` (K, D) float32, `inertia_`, `n_iter_`, `n_samples_`, `seed_`, `report_`, and
+    `history_`, dicts of iteration, inertia and moved. ConfigError for a setting out of range."""
     def __init__(
         self,
         n_clusters=100,       # K
@@ -124,7 +127,10 @@ class DistributedKMeans:
         data_urls,     # Parquet files with ids and features: paths, folders, patterns or URIs; one or a list
         resume=False,  # go on where a run in output_dir ended; "auto": if it was the same, else start anew
     ) -> "DistributedKMeans":
-        "Find the centroids, and label every row."
+        """Find the centroids, and label every row.
+
+        ConfigError for an unfinished run, or another one, in output_dir; DataError for sources that can't be
+        used; ShapeMismatchError for fewer rows than clusters."""
         columns = dict(id_column=self.id_column, feature_column=self.feature_column)
         with alone_in(self.output_dir):
             sources, progress = find_sources(data_urls, **columns), _read_progress(self.output_dir)
@@ -270,7 +276,9 @@ class DistributedKMeans:
             raise NotFittedError("Model is not fitted yet. Call fit() first.")
 
     def assignments(self):  # yields (n,) ids, (n,) int32 labels, (n,) float32 distances
-        "What became of the rows, shard by shard, from the files of the last iteration."
+        """What became of the rows, shard by shard, from the files of the last iteration.
+
+        NotFittedError before `fit`; DataError for files that are gone."""
         self._fitted()
         for shard in range(self._n_shards):
             kinds = "ids", "assignments", "distances"
@@ -286,7 +294,9 @@ class DistributedKMeans:
         self,
         X,            # (N, D) floats
     ) -> np.ndarray:  # (N,) int32
-        "Nearest centroid of each row of an array."
+        """Nearest centroid of each row of an array.
+
+        NotFittedError before `fit`, ShapeMismatchError for another D."""
         self._fitted()
         return KMeansInference(model=self).predict(X)
 
@@ -294,7 +304,9 @@ class DistributedKMeans:
         self,
         path,  # the folder to write
     ):
-        "Write the model to the folder `path`, for `KMeansInference` and `KMeans.load`."
+        """Write the model to the folder `path`, for `KMeansInference` and `KMeans.load`.
+
+        NotFittedError before `fit`; ConfigError if something else is in the way."""
         self._fitted()
         write_model(path, self.cluster_centers_, self.metric, n_iter=self.n_iter_, inertia=self.inertia_,
                     n_samples=self.n_samples_, seed=self.seed_)

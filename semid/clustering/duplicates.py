@@ -54,7 +54,7 @@ def group_equal(
 def join_columns(
     columns,      # list of Arrow arrays
 ) -> pa.Array:    # of a type that holds them all
-    "Arrow arrays as one."
+    "Arrow arrays as one; DataError if their types have nothing in common."
     parts = [pa.table({"": part}) for part in columns]
     try: return pa.concat_tables(parts, promote_options="permissive")[0].combine_chunks()
     except pa.ArrowException:
@@ -65,7 +65,9 @@ def priority_column(
     values,       # what to keep first: anything that Arrow takes, or None
     n,            # how many rows there are
 ):                # (n,) Arrow array, or None
-    "What to keep first, as one Arrow array."
+    """What to keep first, as one Arrow array.
+
+    DataError for values of several types, ShapeMismatchError if there are not n."""
     if values is None: return None
     try:
         if not isinstance(values, pa.Array | pa.ChunkedArray): values = pa.array(values, from_pandas=True)
@@ -114,7 +116,7 @@ def order_ids(
 def number_ids(
     groups,  # (N,) the group of each row
     order,   # (N,) row numbers from `order_ids`
-):           # (G,) the new number of each group, and (N,) bool: is it the first of its group?
+):           # (G,) int64, the new number of each group, and (N,) bool: is it the first of its group?
     "Groups numbered in the order of their first members, and which rows these are."
     found, places = np.unique(groups[order], return_index=True)
     numbers, first = np.empty(len(found), np.int64), np.zeros(len(groups), bool)
@@ -172,7 +174,7 @@ class Duplicates:
         self,
         threshold,  # not below the one that the pairs were collected at
     ) -> "Duplicates":
-        "The result at a higher threshold, from the same pairs."
+        "The result at a higher threshold, from the same pairs; ConfigError for a lower one."
         check_number(lambda x: True, "a number", threshold=threshold)
         if not self.about["collected_at"] <= threshold <= 1:
             raise ConfigError(f"Pairs were collected from {self.about['collected_at']} on: take a threshold "
@@ -222,7 +224,7 @@ class Duplicates:
         return self.removed.filter(pa.array(self.items["old"].to_numpy()[self._choice[2]]))
 
     def counts(self) -> dict[str, int]:
-        "rows_in = kept + removed + quarantined."
+        "rows_in = kept + removed + quarantined; SemidError if that does not add up."
         kept, removed = len(self.kept_rows), len(self._choice[1])
         rows_in, bad = self.about["rows_in"], self.about["quarantined"]
         if kept + removed + bad != rows_in:
@@ -286,7 +288,7 @@ class Duplicates:
         cls,
         path,  # a folder written by `save`
     ) -> "Duplicates":
-        "Read a folder written by `save`."
+        "Read a folder written by `save`; ModelFormatError if it is incomplete or damaged."
         return _load(Path(path))
 
 # %% ../../nbs/clustering/15_duplicates.ipynb #1a01017c

@@ -50,7 +50,9 @@ def write_model(
     prices=None, # (K,) float64 of balanced clusters
     **metadata,  # what else shall be known: n_iter, inertia, n_samples, seed, ...
 ) -> Path:       # `path`
-    "Write centroids as a model folder: the same bytes for the same model."
+    """Write centroids as a model folder: the same bytes for the same model.
+
+    ConfigError if something else is in the way."""
     from safetensors.numpy import save
     from semid import __version__
     tensors = {"centroids": np.ascontiguousarray(centroids, np.float32)}
@@ -70,7 +72,9 @@ def save_kmeans(
     model,  # a fitted KMeans or BalancedKMeans
     path,   # the folder to write
 ):
-    "Write a fitted `KMeans` or `BalancedKMeans`; their `save` is this."
+    """Write a fitted `KMeans` or `BalancedKMeans`; their `save` is this.
+
+    NotFittedError before `fit`; ConfigError if something else is in the way."""
     if not hasattr(model, "cluster_centers_"):
         raise NotFittedError("Model is not fitted yet. Call fit() first.")
     seed = model.random_state if isinstance(model.random_state, int | np.integer) else None
@@ -138,7 +142,9 @@ def load_kmeans(
     cls,   # KMeans, BalancedKMeans, or a subclass
     path,  # a model folder
 ):         # a fitted model, without labels
-    "A `KMeans` or `BalancedKMeans` from a model folder; their `load` is this."
+    """A `KMeans` or `BalancedKMeans` from a model folder; their `load` is this.
+
+    ModelFormatError if it is incomplete, corrupt or of another kind."""
     centroids, about, prices = read_model(path, cls.kind)
     model = cls(len(centroids), metric=about["metric"], random_state=about.get("seed"))
     model.cluster_centers_, model.n_iter_ = centroids, about.get("n_iter")
@@ -149,7 +155,9 @@ def load_kmeans(
 
 # %% ../../nbs/clustering/06_inference.ipynb #524a53dc
 class KMeansInference:
-    "Clusters of vectors, from a model on disk."
+    """Clusters of vectors, from a model on disk.
+
+    ModelFormatError for a folder that is no model, NotFittedError for a model that isn't fitted."""
     def __init__(
         self,
         model_path=None,  # a folder with model.safetensors and metadata.json
@@ -176,7 +184,9 @@ class KMeansInference:
         self,
         X,             # (N, D) floats
     ) -> np.ndarray:   # (N,) int32
-        "The cluster of each row: the nearest centroid, or the cheapest one where clusters have prices."
+        """The cluster of each row: the nearest centroid, or the cheapest one where clusters have prices.
+
+        ShapeMismatchError for another D; DataError for NaN, or zero rows with cosine."""
         X = as_matrix(X, dim=self.dim)
         if self.metric == "cosine": X = normalise_rows(X, n_threads=self._n_threads)
         rows = LazyRows(X, self._books.shift)
@@ -188,7 +198,7 @@ class KMeansInference:
         self,
         feature,  # (D,) floats
     ) -> int:
-        "The cluster of one vector."
+        "The cluster of one vector; ShapeMismatchError if it is none, or of another D."
         feature = np.asarray(feature)
         if feature.ndim != 1:
             raise ShapeMismatchError(f"Expected one vector (D,), got {feature.shape}: predict takes many.")
@@ -200,7 +210,7 @@ def centroids_of(
     dim=None,  # D of the vectors that they are for, if it is known
 ) -> tuple[np.ndarray, bool, np.ndarray | None]:
     # (K, D) float32, whether they are directions, (K,) float64 prices if they have any
-    "The centroids of a model."
+    "The centroids of a model; ConfigError if it is none, ShapeMismatchError if its D is not `dim`."
     if isinstance(model, str | os.PathLike): model = KMeansInference(model)
     found = (getattr(model, name, None) for name in ("centroids", "cluster_centers_"))
     centroids = next((c for c in found if c is not None), None)
@@ -225,7 +235,9 @@ def train_local(
     feature_column="feature",
     **options,             # of `KMeans`: max_iter, tol, n_init, sample_per_cluster, ...
 ) -> KMeans:
-    "Fit `KMeans` on features in a file, and save it."
+    """Fit `KMeans` on features in a file, and save it.
+
+    ConfigError if something else is in the way, DataError for a file that can't be read."""
     model = KMeans(n_clusters, metric=metric, random_state=random_state, **options)
     if output_path is not None: check_model_room(output_path)
     model.fit(_load_features(features_path, metric=metric, max_bad_fraction=max_bad_fraction,
@@ -236,11 +248,7 @@ def train_local(
 def _load_features(path, **options):
     "The matrix in a .npy file or in Parquet; never a pickle."
     name = str(path)
-    if not name.endswith(_PICKLES):
-        from semid.features import read_features
-        return read_features(path, **options)[1]
-    try: X = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError: raise DataError(f"There is no file {path}.") from None
-    except (ValueError, EOFError, OSError) as e:
-        raise DataError(f"{path} is no whole .npy array, and a pickle is never opened ({e}).") from None
-    return X
+    from semid.features import read_features
+    from semid.sources import load_npy
+    if name.endswith(_PICKLES): return load_npy(path)
+    return read_features(path, **options)[1]

@@ -39,7 +39,7 @@ def normalise_rows(
     first=0,          # number of the first row in errors
     n_threads=None,   # threads to use; all by default
 ) -> np.ndarray:      # (N, D) float32 of length 1
-    "Rows scaled to length 1; a row of zeros has no direction and is an error."
+    "Rows scaled to length 1; DataError for a row of zeros, which has no direction."
     X = as_matrix(X, name)
     out = np.empty_like(X)
     zero = over_blocks(lambda s: (s.start, _scale_to_one(X[s], out[s])), len(X), n_threads, 4096)
@@ -64,7 +64,7 @@ def first_look(
     take,            # row numbers -> (m, D) float32
     rng,             # numpy Generator
 ):                   # Rows
-    "A sample of the rows, around its mean."
+    "A sample of the rows, around its mean; DataError for NaN."
     plus = isinstance(model.init, str) and model.init == "k-means++"
     X = take(sample_rows(n, model.init_sample * model.n_clusters, rng if plus else None))
     return quantise_rows(X, model.n_threads, shift=X.mean(0, dtype=np.float64).astype(np.float32))
@@ -76,7 +76,7 @@ def first_centroids(
     rng,             # numpy Generator
     power=0,         # given starts are divided by 2 to this power
 ) -> np.ndarray:     # (K, D) float32
-    "Where a fit starts."
+    "Where a fit starts; the errors are those of a start that is given."
     if not isinstance(model.init, str):
         return _given(model.init, model.n_clusters, sample.values.shape[1], model.metric, power)
     if model.init == "random": return data.take(rng.choice(len(data), model.n_clusters, replace=False))
@@ -122,7 +122,9 @@ class Clusterer(Settings):
         self,
         path,  # the folder to write
     ):
-        "Write the model to the folder `path`: model.safetensors and metadata.json."
+        """Write the model to the folder `path`: model.safetensors and metadata.json.
+
+        NotFittedError before `fit`; ConfigError if something else is in the way."""
         from semid.clustering.inference import save_kmeans
         save_kmeans(self, path)
 
@@ -131,13 +133,16 @@ class Clusterer(Settings):
         cls,
         path,   # a folder written by `save`
     ) -> Self:  # a fitted model, without labels
-        "Read a model; what is incomplete, corrupt or pickled is refused."
+        "Read a model; ModelFormatError if it is incomplete, corrupt, pickled or of another kind."
         from semid.clustering.inference import load_kmeans
         return load_kmeans(cls, path)
 
 # %% ../../nbs/clustering/05_kmeans.ipynb #4569bd60
 class KMeans(Clusterer):
-    "Lloyd's k-means with exact assignments; the same centroids for any number of threads."
+    """Lloyd's k-means with exact assignments; the same centroids for any number of threads.
+
+    Fitted: `cluster_centers_` (K, D) float32, `labels_` (N,) int32, `inertia_`, `n_iter_`, `n_samples_`.
+    ConfigError for a setting out of range."""
     kind = "KMeans"
     def __init__(
         self,
@@ -175,7 +180,9 @@ class KMeans(Clusterer):
         X,       # (N, D)
         y=None,  # not looked at: for scikit-learn's pipelines
     ) -> "KMeans":
-        "Find `n_clusters` centroids of the rows."
+        """Find `n_clusters` centroids of the rows.
+
+        ShapeMismatchError for fewer rows than clusters, DataError for NaN."""
         X = normalise_rows(X, n_threads=self.n_threads) if self.metric == "cosine" else as_matrix(X)
         survey = Survey.of(X, self.n_threads)
         if not np.isfinite(survey.largest).all(): check_finite(X)
@@ -263,7 +270,7 @@ class KMeans(Clusterer):
         self,
         X,            # (N, D)
     ) -> np.ndarray:  # (N,) int32
-        "Nearest centroid of each row."
+        "Nearest centroid of each row; NotFittedError before `fit`, ShapeMismatchError for another D."
         X, centroids = self._fitted(X), self.cluster_centers_
         return nearest(X, centroids, self.backend, self.device, self.n_threads)
 
@@ -271,7 +278,7 @@ class KMeans(Clusterer):
         self,
         X,            # (N, D)
     ) -> np.ndarray:  # (N, K) float32
-        "Euclidean distance of each row to every centroid."
+        "Euclidean distance of each row to every centroid; NotFittedError before `fit`, DataError for NaN."
         check_finite(X := self._fitted(X))
         C, out = self.cluster_centers_.astype(np.float64), np.empty((len(X), self.n_clusters), np.float32)
         for s in (slice(i, i + 4096) for i in range(0, len(X), 4096)):

@@ -38,6 +38,7 @@ class PartWriter(ABC):
     ) -> pa.Table:     # n rows
         "What shall be written of a block."
     def do(self, job, block):
+        "Write the part of a block: its number, (n,) ids and (n, D) rows."
         number, ids, X = block
         check_seen(self.folder)  # or it would be made here
         table = self.table(ids, X)
@@ -135,7 +136,10 @@ def map_parquet(
     feature_column="feature",
     verbose=False,         # show a progress bar
 ) -> int:                  # how many rows there were
-    "A file of results for every block of rows: the same files for any number of workers."
+    """A file of results for every block of rows: the same files for any number of workers.
+
+    ConfigError if output_dir holds something else, or another run is at work there; DataError for sources
+    that can't be read, or too many bad rows."""
     check_whole(0, n_workers=n_workers, n_threads=n_threads or 0)
     check_number(lambda x: 0 <= x <= 1, "a share from 0 to 1", max_bad_fraction=max_bad_fraction)
     output_dir, columns = Path(output_dir), dict(id_column=id_column, feature_column=feature_column)
@@ -184,7 +188,9 @@ def assign_parquet(
     output_dir,  # where assignments/part-00000.parquet, ... (id, cluster, distance) go; all machines share it
     **options,   # of `map_parquet`: n_workers, max_bad_fraction, address, n_threads, id_column, ...
 ) -> int:        # how many rows were assigned
-    "The cluster of every row, as the model predicts it: the same files for any number of workers."
+    """The cluster of every row, as the model predicts it: the same files for any number of workers.
+
+    The errors of `map_parquet`; ModelFormatError for a folder that is no model."""
     model = KMeansInference(model_path)
     about = {"model_sha256": model.metadata.get("sha256"), "n_clusters": model.n_clusters}
     return map_parquet(_ClusterWriter, [str(Path(model_path).resolve())], data_urls, output_dir,

@@ -20,7 +20,7 @@ from ..config import device as pick_device
 
 # %% ../../nbs/clustering/01_nearest.ipynb #667f7b88
 class Codebooks:
-    "Centroids of one or more levels, prepared for assignment."
+    "Centroids of one or more levels, prepared for assignment; ShapeMismatchError if they differ in D."
     def __init__(
         self,
         levels,      # list of (K_l, D) float32 centroids
@@ -224,7 +224,7 @@ def _assign_level(level, products, X, shift, scale, error, norm, shifted, scales
 
 # %% ../../nbs/clustering/01_nearest.ipynb #ca43dd08
 def backend_of(name) -> str:  # "auto", "numpy" or "torch" -> "numpy" or "torch"
-    "Resolve 'auto': torch's int8 products where the CPU has them, numpy's float32 products elsewhere."
+    "Resolve 'auto': torch's int8 products where the CPU has them, else numpy's; ConfigError for others."
     if name not in ("auto", "numpy", "torch"):
         raise ConfigError(f"Unknown backend {name!r}: use auto, numpy or torch.")
     if name != "auto": return name
@@ -366,7 +366,8 @@ def assign(
     n_threads=None,  # threads to use; all by default
     out=None,        # (N, L) int32 to write into
 ) -> np.ndarray:     # (N, L) int32 codes, ties to the lowest index
-    "Greedy residual codes of every row: per level, the centroid nearest to what the levels before left."
+    """Greedy residual codes: per level, the centroid nearest to what is left; ShapeMismatchError for another
+    D."""
     if rows.values.shape[1] != books.dim:
         raise ShapeMismatchError(f"Expected D={books.dim}, got D={rows.values.shape[1]}.")
     if not np.array_equal(rows.shift, books.shift): raise ConfigError("rows and books differ in their shift.")
@@ -391,7 +392,9 @@ def nearest(
     device="cpu",    # where the screen runs
     n_threads=None,  # threads to use; all by default
 ) -> np.ndarray:     # (N,) int32, ties to the lowest index
-    "The centroid nearest to each row of `X`, decided as float64 would on the float32 values."
+    """The centroid nearest to each row of `X`, decided as float64 would on the float32 values.
+
+    ShapeMismatchError for other shapes, DataError for NaN."""
     books = Codebooks([centroids])
     rows = LazyRows(as_matrix(X, dim=books.dim), books.shift)
     return assign(rows, books, backend, device, n_threads)[:, 0]

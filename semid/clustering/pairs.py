@@ -101,7 +101,7 @@ def nearest_buckets(
     books,   # Codebooks of one level
     probes,  # buckets for each row, at most K
 ) -> np.ndarray:  # (n, probes) int32, the home first
-    "The nearest centroid of each row, and the next ones."
+    "The nearest centroid of each row, and the next ones; DataError for NaN."
     rows = quantise_rows(X, 1, shift=books.shift)
     homes = assign(rows, books, n_threads=1)[:, 0]
     if probes == 1: return homes[:, None]
@@ -284,7 +284,7 @@ def prepare_search(
     folder=None,  # where to keep what is large; in memory by default
     prices=None,  # (K,) float64, of balanced clusters
 ) -> Prepared:
-    "Sort vectors into buckets."
+    "Sort vectors into buckets; DataError for 2³¹ rows or more."
     books = Codebooks([centroids], shift if unit else None, None if prices is None else [prices])
     (N, D), n, p = values.shape, len(rows), min(probes, len(centroids))
     if N >= 2**31: raise DataError(f"{N:,} rows are too many for one search: at most 2³¹ - 1.")
@@ -332,7 +332,7 @@ def search_tiles(
     most=10**8,       # pairs at most
     progress=False,   # show a bar
 ):                    # sorted pairs, see `join_pairs`
-    "Search every tile, on some threads of this process."
+    "Search every tile, on some threads of this process; DataError for more than `most` pairs."
     seen = [0]
     with tqdm(total=len(tiles), desc="pairs", unit=" tiles", disable=not progress) as bar:
         def work(s):
@@ -373,7 +373,7 @@ def search_on_ray(
     most=10**8,     # pairs at most
     progress=False, # show a bar
 ):                  # sorted pairs, see `join_pairs`
-    "Search every tile, in Ray tasks."
+    "Search every tile, in Ray tasks; DataError for more than `most` pairs, SemidError if a task dies."
     ray, mine = start_ray(n_workers, 1, address, 200 * 2**20)
     found: list = []
     waiting: dict = {}

@@ -133,7 +133,7 @@ def as_matrix(
     name="Input",    # what errors call it
     dim=None,        # D, if it is known
 ) -> np.ndarray:     # (N, D) float32, C-contiguous
-    "X as a float32 matrix, or one clear error."
+    "X as a float32 matrix, or ShapeMismatchError, which says what it is instead."
     X = np.asarray(X) if not isinstance(X, list | tuple) else X
     try:
         if np.asarray(X).dtype.kind not in "fiub": raise TypeError("it holds no real numbers")
@@ -180,7 +180,9 @@ def quantise_rows(
     shift=None,      # (D,) what to take off first; nothing by default
     first=0,         # number of the first row in errors
 ) -> Rows:
-    "Round every row to int8 with a scale of its own, and bound what that loses."
+    """Round every row to int8 with a scale of its own, and bound what that loses.
+
+    DataError for NaN, or values near the end of float32."""
     X = as_matrix(X, name)
     n, D = X.shape
     shift = np.zeros(D, np.float32) if shift is None else shift

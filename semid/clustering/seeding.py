@@ -17,7 +17,7 @@ from .rows import INT8_WIDTH, exact_dot, exact_products, over_blocks
 def int_products(
     A,             # (m, D) int8
     B,             # (n, D) int8
-):                 # (m, n)
+):                 # (m, n) int32, float32 or float64
     "A @ B.T, exact: whole numbers, in float32 or float64 where int32 can't hold them."
     if A.shape[1] > INT8_WIDTH:
         parts = [slice(j, j + INT8_WIDTH) for j in range(0, A.shape[1], INT8_WIDTH)]

@@ -72,7 +72,9 @@ def find_sources(
     data_urls,  # paths, folders, patterns or URIs; one or a list
     **columns,  # id_column and feature_column, where they have other names
 ) -> list[Source]:
-    "The files that are named, each once, in the order in which they will be read."
+    """The files that are named, each once, in the order in which they will be read.
+
+    DataError if there are none; ConfigError for local files and URIs at once."""
     urls = [str(u) for u in _as_list(data_urls)]
     remote = ["://" in u for u in urls]
     if any(remote):
@@ -116,7 +118,7 @@ def fetched(
     sources,  # list of Source, all local or all remote
     folder,   # Path where the copies go; removed afterwards
 ):            # yields a list of paths, in the same order
-    "Local paths of the sources; remote ones are copied, and removed afterwards."
+    "Local paths of the sources; remote ones are copied, and removed afterwards; DataError if that fails."
     if sources[0].store is None:
         yield [s.path for s in sources]
         return
@@ -171,7 +173,7 @@ class Stage:
         cls,
         folder,  # where `save` wrote the manifest
     ) -> "Stage":
-        "A stage that is there."
+        "A stage that is there; DataError if it is damaged."
         import json
         path = Path(folder) / "manifest.json"
         try:
@@ -221,7 +223,7 @@ _OURS = re.compile(r"\.?(manifest\.json|(values|ids|int8|bounds)_\d+)(\..*)?|fet
 def remove_stage(
     folder,  # Path, there or not
 ):
-    "Remove a stage; a folder that holds anything else is left alone."
+    "Remove a stage; ConfigError for a folder that holds anything else, which is left alone."
     if not folder.exists(): return
     if other := next((p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)), None):
         raise ConfigError(f"{folder} holds {other}, which is none of ours: use another output_dir.")
@@ -236,7 +238,10 @@ def stage_features(
     quarantine=None,        # where to list the bad rows
     **options,              # of `open_features`: id_column, feature_column, max_bad_fraction
 ) -> Stage:
-    "Check all rows once, and lay down those that can be used."
+    """Check all rows once, and lay down those that can be used.
+
+    DataError for files that can't be read, or too many bad rows; ConfigError if something else is in the
+    folder."""
     if rows_per_shard < 1: raise ConfigError(f"rows_per_shard must be 1 or more, not {rows_per_shard}.")
     folder, about = Path(folder), {"rows_per_shard": rows_per_shard, "metric": metric, **options}
     remove_stage(folder)
@@ -263,7 +268,7 @@ def mapped(
     shard,         # its number
     dtype,         # of what the file holds
 ) -> np.ndarray:   # (n, D); (3, n) for bounds
-    "A file of a shard, mapped into memory."
+    "A file of a shard, mapped into memory; DataError if it is gone."
     shape = (3, stage.sizes[shard]) if kind == "bounds" else (stage.sizes[shard], stage.dim)
     path, dtype, held = stage.path(kind, shard), np.dtype(dtype), stage.open_maps
     about, size = path.stat() if path.exists() else None, shape[0] * shape[1] * dtype.itemsize
@@ -295,7 +300,7 @@ def shard_blocks(
     stage,  # a Stage
     shard,  # its number
 ):          # yields (slice, (m, D) float32)
-    "The rows of a shard as (slice, values), valid until the next."
+    "The rows of a shard as (slice, values), valid until the next; DataError if they are gone."
     raw = mapped(stage, "values", shard, stage.dtype)
     if raw.dtype == np.float32 and not stage.power: yield slice(0, len(raw)), raw
     else: yield from converted(raw, stage.power)
@@ -305,7 +310,7 @@ def quantised_blocks(
     shard,  # its number
     shift,  # (D,) float32, as `quantise_shard` was given it
 ):          # yields (slice, Rows)
-    "The rows of a shard as (slice, Rows), valid until the next."
+    "The rows of a shard as (slice, Rows), valid until the next; DataError if they are gone."
     small = mapped(stage, "int8", shard, np.int8)
     scale, error, norm = mapped(stage, "bounds", shard, np.float32)
     for s, values in shard_blocks(stage, shard):
@@ -333,7 +338,7 @@ def take_rows(
     stage,
     numbers,      # (m,) sorted row numbers, in reading order
 ) -> np.ndarray:  # (m, D) float32
-    "Some rows by their numbers, scaled as the blocks are."
+    "Some rows by their numbers, scaled as the blocks are; DataError if their shard is gone."
     out, first = np.empty((len(numbers), stage.dim), np.float32), 0
     for shard, n in enumerate(stage.sizes):
         at, to = np.searchsorted(numbers, [first, first + n])

@@ -175,7 +175,7 @@ class ShardWorker:
         self.task: Any = None
     def about(self): return about_process()
     def do(self, job, shard):
-        "One shard's share of a job."
+        "One shard's share of a job; ConfigError if this machine doesn't see the stage."
         if job["stage"] != self.where:
             check_seen(Path(job["stage"]) / "manifest.json")
             self.where, self.stage = job["stage"], Stage.open(job["stage"])
@@ -307,7 +307,9 @@ def fit_stage(
     pool,     # of `ShardWorker`s
     folder,   # where labels go; what iterations left there is removed
 ):            # the rows, labelled
-    "Fit a model to the rows of a stage: all of `KMeans.fit` but its `labels_`."
+    """Fit a model to the rows of a stage: all of `KMeans.fit` but its `labels_`.
+
+    ShapeMismatchError for fewer rows than clusters; ConfigError for a model with sample_per_cluster."""
     if model.sample_per_cluster is not None:
         raise ConfigError("A stage is fitted whole: leave sample_per_cluster at None.")
     check_enough(stage.n, model.n_clusters)

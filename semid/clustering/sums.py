@@ -96,7 +96,7 @@ def means_of(
 
 # %% ../../nbs/clustering/02_sums.ipynb #624bdbc5
 class ClusterSums:
-    "Exact per-cluster sums that follow the labels."
+    "Exact per-cluster sums that follow the labels; `sums`: (K, 2, D) float64, in coarse and fine steps."
     def __init__(self, X, n_clusters, n_threads=None, survey=None):
         self.X, self.n_threads = X, n_threads or default_threads()
         survey = survey or Survey.of(X, n_threads)  # of these rows, or of more that these are a part of

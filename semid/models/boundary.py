@@ -6,7 +6,6 @@
 __all__ = ['KIND', 'move_windows', 'held_out', 'train_boundary', 'plot_boundary', 'BoundaryRegressor']
 
 # %% ../../nbs/models/04_boundary.ipynb #2eebbca7
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchErro
 from ..config import device as device_of
 from .moments import WINDOW, Moments, is_window, read_moments, temporal_iou
 from ..networks import check_room, fill, read_network, write_network
-from ..training import check_settings, learning_rate, shuffled, train
+from ..training import check_settings, learning_rate, one_thread, shuffled, train
 
 # %% ../../nbs/models/04_boundary.ipynb #ba185ea1
 KIND = "BoundaryRegressor"
@@ -83,7 +82,9 @@ def held_out(
     share,   # of the videos, above 0 and below 1
     seed,
 ) -> np.ndarray:  # (n,) bool
-    "Which samples judge: those of some videos, at least one, and never all."
+    """Which samples judge: those of some videos, at least one, and never all.
+
+    DataError if all are of one video; ConfigError for a share that is none."""
     names = sorted({*videos})
     if len(names) < 2: raise DataError("All samples are of one video: give two, one of them to judge by.")
     if not 0 < share < 1: raise ConfigError(f"validation must be a share of the videos, not {share!r}.")
@@ -122,16 +123,7 @@ def _learns_overlap(loss, windows):
         raise ConfigError("Overlap needs windows: give start, end and duration with each sample.")
     return loss != "seconds" and windows is not None
 
-@contextmanager
-def _one_thread():
-    "torch on one thread: its products are so small here that others only wait, and long on a busy machine."
-    import torch
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
-@_one_thread()
+@one_thread()
 def train_boundary(
     data,                # a JSON file or a list of dicts, as `read_moments` takes them, or `Moments`
     output_path,         # folder of the model
@@ -153,7 +145,11 @@ def train_boundary(
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
-    "Train a regressor of window ends and write it, its curves beside it."
+    """Train a regressor of window ends and write it, its curves beside it.
+
+    The history has loss, val_mae and val_mae_gain (seconds), and with windows val_iou and val_iou_gain.
+    DataError for samples that can't be used; ConfigError for a setting out of range, or if something else is
+    in the way."""
     import torch
     from matplotlib.pyplot import close
     data = data if isinstance(data, Moments) else read_moments(data)
@@ -197,7 +193,7 @@ def train_boundary(
     figure = plot_boundary(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    last.unlink(missing_ok=True)
+    if checkpoint is None or Path(checkpoint).resolve() == last.resolve(): last.unlink(missing_ok=True)
     return done.history
 
 # %% ../../nbs/models/04_boundary.ipynb #e82dba70
@@ -258,7 +254,9 @@ def _sizes(about, tensors, path):
     return sizes
 
 class BoundaryRegressor:
-    "A trained regressor: `refine` moves the ends of segments, `predict` says by how much."
+    """A trained regressor: `refine` moves the ends of segments, `predict` says by how much.
+
+    ModelFormatError for a folder that is no regressor, or damaged."""
     def __init__(
         self,
         path,          # folder of the model
@@ -277,7 +275,9 @@ class BoundaryRegressor:
         features,      # (n, dim)
         windows=None,  # (n, 3): start, end, duration; needed by a model that was trained with them
     ) -> np.ndarray:   # (n, 2) float32; NaN where features or windows can't be used
-        "Seconds to add to start and end."
+        """Seconds to add to start and end.
+
+        ShapeMismatchError for other shapes; ConfigError if windows are missing that it learned with."""
         import torch
         x = self._features(features)
         good, found = np.isfinite(x).all(1), np.full((len(x), 2), np.nan, np.float32)

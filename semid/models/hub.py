@@ -138,7 +138,7 @@ def hashes(
 def index_mirror(
     folder,  # with a folder for each repository: cross-encoder/ms-marco-MiniLM-L6-v2/model.safetensors
 ) -> dict[str, Any]:  # what models.json says
-    "List the models of a folder, so that `open_source` takes it for a mirror."
+    "List the models of a folder, so that `open_source` takes it for a mirror; DataError if it has none."
     found = {}
     for model in (*CLIP.values(), *RERANKERS, REGRESSOR):
         paths = {file: Path(folder) / model.repository / file for file in model.files}

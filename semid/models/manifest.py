@@ -62,7 +62,7 @@ def note_model(
     name,        # of the model
     about,       # kind, source, licence, pretrained, files, and whatever else is known
 ) -> dict[str, Any]:  # that, with the versions of what made it, and when
-    "Write down what a model is."
+    "Write down what a model is; ModelFormatError if the manifest can't be read."
     models, failed = _read(models_dir)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     models[name] = about | {"versions": _versions(), "made_at": now}
@@ -74,7 +74,9 @@ def note_failure(
     step,  # what was asked for
     why,   # it could not be had; None: it could
 ):
-    "Write down that something was asked for in vain, until it is there."
+    """Write down that something was asked for in vain, until it is there.
+
+    ModelFormatError if the manifest can't be read."""
     models, failed = _read(models_dir)
     if failed.get(step) == why: return
     failed = {name: reason for name, reason in failed.items() if name != step}
@@ -128,6 +130,11 @@ def check_opens(
 def _numbers(text): return [int(part) for part in text.split("+")[0].split(".") if part.isdigit()]
 
 def _file_problem(folder, name, entry):
+    "What is wrong with a file, be it that it can't be read."
+    try: return _difference(folder, name, entry)
+    except (OSError, RuntimeError) as e: return f"{name} can't be read ({e})"  # links in a circle too
+
+def _difference(folder, name, entry):
     path = folder / name
     leads_out = Path(name).is_absolute() or ".." in Path(name).parts
     if leads_out or not path.resolve().is_relative_to(folder.resolve()):

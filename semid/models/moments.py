@@ -136,10 +136,12 @@ def _of_windows(windows, duration):
 
 def window_features(
     windows,    # (k, 3): start, end, score; features are of the first, which is the best or any other
-    saliency,   # a number for each clip, which are of one length
+    saliency,   # (clips,) a number for each clip, which are of one length
     duration,   # seconds of the video
 ) -> np.ndarray:  # (52,) float32
-    "Features of a window, from what a moment-retrieval model says of its video."
+    """Features of a window, from what a moment-retrieval model says of its video.
+
+    DataError if numbers are missing, or the window is not inside the video."""
     windows, saliency = np.asarray(windows, float), np.asarray(saliency, float)
     if windows.ndim != 2 or windows.shape[1] != 3 or not len(windows) or not np.isfinite(windows).all():
         raise DataError("windows must be a list of (start, end, score), all of them finite numbers.")
@@ -156,11 +158,13 @@ def moment_sample(
     video_id,
     query,
     windows,    # (k, 3): start, end, score; the sample is of the first
-    saliency,   # a number for each clip
+    saliency,   # (clips,) a number for each clip
     duration,   # seconds of the video
     relevant,   # (m, 2): true windows
 ) -> dict[str, Any]:
-    "A sample of a proposed window, in the format of `read_moments`."
+    """A sample of a proposed window, in the format of `read_moments`.
+
+    DataError if windows or saliency can't be used."""
     relevant = np.asarray(relevant, float)
     if relevant.ndim != 2 or relevant.shape[1] != 2 or not len(relevant):
         raise DataError("relevant must be a list of (start, end): at least one true window.")
@@ -205,7 +209,9 @@ def sample_moments(
     seed=0,
     queries=3,   # of a video
 ) -> list[dict[str, Any]]:
-    "Simulated samples in the format of `read_moments`; the first ones stay the same with a larger `n`."
+    """Simulated samples in the format of `read_moments`; the first ones stay the same with a larger `n`.
+
+    ConfigError unless the numbers are whole ones, and large enough."""
     for name, value, least in ("n", n, 1), ("seed", seed, 0), ("queries", queries, 1):
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} must be a whole number from {least} on, not {value!r}.")

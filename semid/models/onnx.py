@@ -6,7 +6,7 @@
 __all__ = ['OPSET', 'write_onnx', 'errors_only', 'export_encoder', 'quantize_encoder', 'agreement', 'latency', 'encoder_latency']
 
 # %% ../../nbs/models/00_onnx.ipynb #2ef82284
-import json, logging, math, re, shutil, tempfile, time, warnings
+import hashlib, json, logging, math, re, shutil, tempfile, threading, time, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,43 +35,69 @@ def write_onnx(
     from torch.export import Dim
     shapes = tuple({axis: Dim.DYNAMIC for axis in range(dynamic)} for _ in examples)
     noisy = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
-    with atomic_path(path) as tmp, warnings.catch_warnings(), errors_only(*noisy), _Patches(module):
+    with atomic_path(path) as tmp, errors_only(*noisy), warnings.catch_warnings(), _Patches(module):
         warnings.simplefilter("ignore")  # of the exporter's own parts
         torch.onnx.export(module, tuple(examples.values()), str(tmp), input_names=[*examples],
                           output_names=[output], dynamic_shapes=shapes, opset_version=OPSET,
                           external_data=False, dynamo=True, verbose=False)
         onnx.save(_plain(onnx.load(tmp)), tmp)
 
+def _as_product(conv):
+    "A convolution whose patches don't overlap, as a matrix product."
+    import torch
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.size, self.bias = conv.kernel_size, conv.bias
+            self.register_buffer("weight", conv.weight.detach().flatten(1).t().contiguous())
+        def forward(self, x):
+            n, c, height, width = x.shape
+            a, b = self.size
+            if height % a or width % b:  # what is left over at the end is not looked at
+                height, width = height // a * a, width // b * b
+                x = x[:, :, :height, :width]
+            x = x.reshape(n, c, height // a, a, width // b, b).permute(0, 2, 4, 1, 3, 5).flatten(3)
+            found = x @ self.weight if self.bias is None else x @ self.weight + self.bias
+            return found.permute(0, 3, 1, 2)
+    return Product()
+
+def _as_attention(multihead):
+    "Self-attention with two transpositions in place of the eight that torch's own becomes."
+    import torch
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole, self.heads = multihead, multihead.num_heads
+        def forward(self, query, key, value, need_weights=False, attn_mask=None):
+            x = query if self.whole.batch_first else query.transpose(0, 1)
+            both = torch.nn.functional.linear(x, self.whole.in_proj_weight, self.whole.in_proj_bias)
+            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in both.chunk(3, -1))
+            scores = q * self.whole.head_dim**-0.5 @ k.transpose(-1, -2)
+            if attn_mask is not None: scores = scores + attn_mask
+            found = self.whole.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return (found if self.whole.batch_first else found.transpose(0, 1)), None
+    return Attention()
+
 class _Patches:
-    "Convolutions whose patches don't overlap are matrix products, while a network is exported."
+    "Parts that run faster when they are written otherwise are, while a network is exported."
     def __init__(self, network):
-        import torch
+        from torch.nn import Conv2d, MultiheadAttention
         alone = lambda c: (c.stride == c.kernel_size and c.groups == 1 and c.dilation == (1, 1)
-                           and c.padding == (0, 0))
-        self.found = [(parent, name, child) for parent in network.modules()
-                      for name, child in parent.named_children()
-                      if type(child) is torch.nn.Conv2d and max(child.kernel_size) > 1 and alone(child)]
+                           and c.padding == (0, 0) and max(c.kernel_size) > 1)
+        is_block = lambda m: type(m).__name__ == "ResidualAttentionBlock" and not hasattr(m, "ln_1_kv")
+        self.found: list[tuple] = []
+        for parent in network.modules():
+            for name, child in parent.named_children():
+                change = (_as_product if type(child) is Conv2d and alone(child) else
+                          _as_attention if type(child) is MultiheadAttention and is_block(parent) else None)
+                if change: self.found.append((parent, name, child, change))
 
     def __enter__(self):
-        import torch
-        class Product(torch.nn.Module):
-            def __init__(self, conv):
-                super().__init__()
-                self.size, self.bias = conv.kernel_size, conv.bias
-                self.register_buffer("weight", conv.weight.detach().flatten(1).t().contiguous())
-            def forward(self, x):
-                n, c, height, width = x.shape
-                a, b = self.size
-                if height % a or width % b:  # what is left over at the end is not looked at
-                    height, width = height // a * a, width // b * b
-                    x = x[:, :, :height, :width]
-                x = x.reshape(n, c, height // a, a, width // b, b).permute(0, 2, 4, 1, 3, 5).flatten(3)
-                found = x @ self.weight if self.bias is None else x @ self.weight + self.bias
-                return found.permute(0, 3, 1, 2)
-        for parent, name, conv in self.found: setattr(parent, name, Product(conv))
+        made = [(parent, name, change(child)) for parent, name, child, change in self.found]
+        for parent, name, part in made: setattr(parent, name, part)
 
     def __exit__(self, *_):
-        for parent, name, conv in self.found: setattr(parent, name, conv)
+        for parent, name, child, _ in self.found: setattr(parent, name, child)
 
 def _plain(model):
     "Without what the exporter notes of source files, and of where they are."
@@ -84,14 +110,17 @@ def _plain(model):
     model.ClearField("producer_version")
     return model
 
+_ALONE = threading.RLock()  # loggers, warnings and a network that is patched are everybody's
+
 @contextmanager
 def errors_only(*loggers):
-    "Errors alone are told."
-    before = [one.level for one in loggers]
-    for one in loggers: one.setLevel(logging.ERROR)
-    try: yield
-    finally:
-        for one, level in zip(loggers, before): one.setLevel(level)
+    "Errors alone are told; one thread at a time."
+    with _ALONE:
+        before = [one.level for one in loggers]
+        for one in loggers: one.setLevel(logging.ERROR)
+        try: yield
+        finally:
+            for one, level in zip(loggers, before): one.setLevel(level)
 
 def _examples(encoder):
     "Pictures and texts to export and compare with: rendered scenes, as the encoder takes them."
@@ -104,13 +133,18 @@ def _torch(tower, inputs, device):
     import torch
     with torch.inference_mode(): return tower(inputs.to(device)).cpu().numpy()
 
-def _compared(path, expect, inputs, most=math.inf, least=-1.0):
-    "By batch size: how far a file's vectors are from those expected; SemidError if that is too far."
+def _lengths(encoder):
+    "A text of one word, and one that is as long as texts are read, as tokens."
+    some = [encoder.tokenize(["a" + " a" * n]) for n in (0, 500)]
+    return {f"{tokens.shape[1]} tokens": tokens for tokens in some}
+
+def _compared(path, expect, inputs, others=None, most=math.inf, least=-1.0):
+    "By batch size, or length: how far a file's vectors are from those expected; SemidError if too far."
     session, found = onnx_session(path), {}
-    for n in (1, len(inputs)):
-        ours, theirs = run_onnx(session, inputs[:n]), expect(inputs[:n])
+    for name, some in {"batch of 1": inputs[:1], f"batch of {len(inputs)}": inputs, **(others or {})}.items():
+        ours, theirs = run_onnx(session, some), expect(some)
         gap, cosine = float(abs(ours - theirs).max()), float((ours * theirs).sum(1).min())
-        found[f"batch of {n}"] = {"max_abs_diff": gap, "min_cosine": cosine}
+        found[name] = {"max_abs_diff": gap, "min_cosine": cosine}
         if not (gap <= most and cosine >= least):
             raise SemidError(f"{path.name} is not kept: it differs by {gap:.2g} (cosine {cosine:.4f}) from "
                              "what it was made of.")
@@ -155,7 +189,8 @@ def export_encoder(
             made[kind] = Path(tmp) / f"{name}_{kind}_encoder.onnx"
             write_onnx(tower, {"inputs": some[:2].to(encoder.device)}, made[kind], "vectors", open_axes)
             expect = partial(_torch, tower, device=encoder.device)
-            parity[kind] = _compared(made[kind], expect, some, tolerance)
+            others = _lengths(encoder) if kind == "text" else None
+            parity[kind] = _compared(made[kind], expect, some, others, tolerance)
         if encoder.tokenizer:
             made["tokenizer"] = Path(tmp) / f"{name}_tokenizer.json"
             encoder.tokenizer.save(made["tokenizer"])
@@ -188,11 +223,15 @@ def quantize_encoder(
             path = folder / was["files"][kind]["file"]
             made[kind] = Path(tmp) / f"{name}-int8_{kind}_encoder.onnx"
             _rounded(path, made[kind])
-            parity[kind] = _compared(made[kind], partial(run_onnx, onnx_session(path)), some, least=least)
+            others = _lengths(encoder) if kind == "text" else None
+            expect = partial(run_onnx, onnx_session(path))
+            parity[kind] = _compared(made[kind], expect, some, others, least=least)
         if encoder.tokenizer:
             made["tokenizer"] = Path(tmp) / f"{name}-int8_tokenizer.json"
             encoder.tokenizer.save(made["tokenizer"])
-        about = was | {"fingerprint": f"{was['fingerprint']}-int8", "parity": parity}
+        made_of = "".join(file_sha256(made[kind]) for kind in ("image", "text"))
+        told = f"{was['fingerprint']}-int8-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+        about = was | {"fingerprint": told, "parity": parity}
         return _keep(made, folder, f"{name}-int8", about)
 
 # %% ../../nbs/models/00_onnx.ipynb #eea1bb0b
@@ -201,7 +240,7 @@ def agreement(
     theirs,  # another one, that ours was made of
     n=64,    # rendered scenes, and a caption of each
     top=10,  # pictures that are found for a caption
-) -> dict[str, float]:
+) -> dict[str, float]:  # scenes; and as shares top_10_shared, recall@10, recall@10_before
     "How much of what one encoder finds another one finds too: a share, and Recall@K of both."
     scenes, near = [random_scene(seed) for seed in range(n)], []
     pictures = [np.asarray(render(scene, 96, seed)) for seed, scene in enumerate(scenes)]
@@ -219,10 +258,11 @@ def latency(
     calls,    # functions without arguments, by name
     runs=20,  # of each
 ) -> dict[str, float]:  # median milliseconds of a call
-    "How long calls take, each in its turn."
+    "How long calls take, each in its turn, after a pause in which the threads of the one before go to sleep."
     took: dict[str, list] = {name: [] for name in calls}
     for run in range(runs + 2):  # two to warm up
         for name, call in calls.items():
+            time.sleep(0.02)
             start = time.perf_counter()
             call()
             if run > 1: took[name].append(time.perf_counter() - start)
@@ -233,16 +273,17 @@ def encoder_latency(
     batches=(1, 8),   # how many pictures or texts at once, 8 at most
     runs=20,
 ) -> dict[str, dict[str, dict[str, float]]]:  # "image" or "text", "batch of 1", name: median milliseconds
-    "How long encoders take for prepared pictures, and for texts as they are."
+    "How long encoders take for prepared pictures, and for texts as they are, until their vectors are here."
     import torch
+    def here(encode, some): return lambda: torch.as_tensor(encode(some)).cpu()
     first = next(iter(encoders.values()))
     pictures = _examples(first)[0]
     texts = [captions(random_scene(seed), 0)[0] for seed in range(8)]
     found: dict[str, dict] = {"image": {}, "text": {}}
     with torch.inference_mode():
         for n in batches:
-            images = {name: partial(e.images, pictures[:n]) for name, e in encoders.items()}
-            words = {name: partial(e.texts, texts[:n]) for name, e in encoders.items()}
+            images = {name: here(e.images, pictures[:n]) for name, e in encoders.items()}
+            words = {name: here(e.texts, texts[:n]) for name, e in encoders.items()}
             for kind, calls in ("image", images), ("text", words):
                 found[kind][f"batch of {n}"] = latency(calls, runs)
     return found

@@ -20,7 +20,7 @@ from .hub import (CLIP, REGRESSOR, RERANKERS, NotOffered, fetch_model, open_sour
 from .manifest import list_models, verify_models  # noqa: F401  (they are looked for here too)
 from .manifest import (MANIFEST, alone_at, check_opens, files_in, note_failure, note_model,
                                    problems_of, read_manifest)
-from .moments import sample_moments
+from .moments import read_moments, sample_moments
 from .onnx import agreement, encoder_latency, export_encoder, quantize_encoder
 from .reranker import export_reranker
 from ..ranking.encoders import open_encoder
@@ -114,10 +114,12 @@ def _reranker(models_dir, fetch, measure, say):
 # %% ../../nbs/models/07_prepare.ipynb #79997d7c
 _YOURS = "trained by you"
 
+def _sample(): return sample_moments(2000, 0)
+
 def _note_regressor(models_dir, source):
     folder = Path(models_dir) / REGRESSOR.name
     BoundaryRegressor(folder)
-    is_part = lambda path: path.is_file() and not path.name.startswith(".")
+    is_part = lambda path: path.is_file() and not path.name.startswith(".") and path.name != "last"
     note_model(models_dir, REGRESSOR.name, {
         "kind": "regressor", "licence": "your own", "pretrained": False, "source": source,
         "files": files_in(models_dir, filter(is_part, folder.rglob("*")))})
@@ -134,7 +136,7 @@ def train_regressor(
     output,      # folder of the model; that of a folder of models is written down there
     **settings,  # of `train_boundary`
 ) -> dict[str, list]:  # its history
-    "Train a regressor; in a folder of models nobody else works meanwhile."
+    "Train a regressor; in a folder of models nobody else works meanwhile. The errors of `train_boundary`."
     output = Path(output)
     is_ours = output.name == REGRESSOR.name and (output.parent / MANIFEST).exists()
     with alone_at(output):
@@ -146,11 +148,13 @@ def _is_yours(models_dir):
     "Whether a regressor is the user's, and not written down as it is; DataError if nobody knows whose it is."
     folder, was = Path(models_dir) / REGRESSOR.name, read_manifest(models_dir).get(REGRESSOR.name)
     if not (folder / "model.safetensors").exists(): return False
-    try: BoundaryRegressor(folder)
+    try: found = BoundaryRegressor(folder)
     except ModelFormatError:
         if was is None or was["source"] == _YOURS: raise
         return False
-    if was is None or was["source"] == _YOURS: return True
+    if was is None:  # a training of ours that was cut off is not written down either
+        return found.about.get("data_sha256") != read_moments(_sample()).digest()
+    if was["source"] == _YOURS: return True
     if file_sha256(folder / "model.safetensors") in {entry["sha256"] for entry in was["files"].values()}:
         return False
     raise DataError(f"{folder} holds another regressor than was written down ({was['source']}): remove it, "
@@ -167,7 +171,7 @@ def _regressor(models_dir, fetch, offline, say):
     except NotOffered:
         if offline: raise
         say("regressor: nobody publishes one, so it is trained here, on simulated moments")
-        train_boundary(sample_moments(2000, 0), folder, progress=False, resume=True)
+        train_boundary(_sample(), folder, progress=False, resume=True)
         _note_regressor(models_dir, "trained here on 2,000 simulated moments")
 
 # %% ../../nbs/models/07_prepare.ipynb #95a0c356

@@ -44,7 +44,9 @@ def sample_pairs(
 def read_pairs(
     pairs,            # Parquet file, pandas or pyarrow table with question, sentence, label (0 or 1)
 ) -> pd.DataFrame:
-    "Question-sentence pairs, checked."
+    """Question-sentence pairs, checked.
+
+    DataError for a missing column, an empty text, or a label other than 0 and 1."""
     if isinstance(pairs, str | Path):
         try: pairs = pd.read_parquet(pairs)
         except (OSError, ValueError) as e: raise DataError(f"{pairs} can't be read as Parquet: {e}") from None
@@ -66,7 +68,9 @@ def split_by_question(
     share=0.1,     # of the questions that is held out
     seed=0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # to learn from; to validate with
-    "Two parts that share no question; which one a question falls to does not depend on the others."
+    """Two parts that share no question; which one a question falls to does not depend on the others.
+
+    ConfigError for a share outside of 0 to 1."""
     if not 0 < share < 1: raise ConfigError(f"The share held out must be between 0 and 1, not {share}.")
     digest = lambda text: int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:6], "big")
     chosen = {text: digest(text) < share * 2**48 for text in pairs.question.unique()}
@@ -90,7 +94,9 @@ def of_questions(
     scores,   # (n,) larger is better
     groups,   # (n,) which question each row is of
 ) -> tuple[np.ndarray, np.ndarray]:  # (questions with a right sentence,) twice
-    "Average precision and reciprocal rank of each question that has a right sentence, in their order."
+    """Average precision and reciprocal rank of each question that has a right sentence, in their order.
+
+    DataError for NaN, different lengths, or no right sentence."""
     labels, scores = np.asarray(labels).astype(bool), np.asarray(scores, float)
     if not len(labels) == len(scores) == len(groups):
         raise DataError("Labels, scores and groups differ in length.")
@@ -109,7 +115,7 @@ def rank_metrics(
     scores,   # (n,) larger is better
     groups,   # (n,) which question each row is of
 ) -> dict[str, float]:  # map, mrr, and of how many questions
-    "MAP and MRR over the questions that have a right sentence."
+    "MAP and MRR over the questions that have a right sentence; DataError as of `of_questions`."
     precisions, reciprocals = of_questions(labels, scores, groups)
     return {"map": float(precisions.mean()), "mrr": float(reciprocals.mean()), "questions": len(precisions)}
 
@@ -128,7 +134,7 @@ def bm25_scores(
     b=0.75,       # how much long sentences pay for their length
     share=False,  # as a part of the sum of the question's idf, at most 1
 ) -> np.ndarray:  # (n,) float64
-    "Okapi BM25 of each question with its sentence."
+    "Okapi BM25 of each question with its sentence; DataError without sentences."
     texts = [words_of(text) for text in dict.fromkeys(sentences if corpus is None else corpus)]
     if not texts: raise DataError("BM25 needs sentences to count words in.")
     counts = Counter(word for text in texts for word in {*text})
@@ -163,7 +169,9 @@ def pseudo_questions(
     exchanged=0.25,  # share of its words that come from another sentence
     common=0.05,     # words that more questions or sentences have make frames, the others fill them
 ) -> pd.DataFrame:   # question, sentence, label: BM25's share, from 0 to 1
-    "Questions made up from sentences, and how much of each the sentences hold."
+    """Questions made up from sentences, and how much of each the sentences hold.
+
+    DataError if all words are common."""
     rng, asked = np.random.default_rng(seed), pairs.question.unique()
     usual = _common(asked, common) | _common(pairs.sentence.unique(), common)
     frames = [(words, [word not in usual for word in words]) for words in map(words_of, asked)]

@@ -71,13 +71,14 @@ def _read(folder):
 
 # %% ../../nbs/models/01_reranker.ipynb #7176e511
 def _session(path, device):
-    "An onnxruntime session on a device, where onnxruntime has it."
+    "An onnxruntime session on a device; auto is a GPU where onnxruntime was built for one."
     import onnxruntime
-    kind = str(device).partition(":")[0]
-    if kind not in ("cpu", "cuda"): raise ConfigError(f"Unknown device {device!r}: use cpu or cuda.")
-    if kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        warnings.warn("onnxruntime has no CUDA here: running on the CPU instead.", stacklevel=3)
-    return onnx_session(path, kind)
+    device = str(device)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"Unknown device {device!r}: use auto, cpu, cuda or cuda:1.")
+    if device == "auto":
+        device = "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    return onnx_session(path, device)
 
 def _tokenizer(path, max_length, longest):
     "The tokenizer, which cuts pairs, and how batches are padded."
@@ -98,7 +99,9 @@ def _tokenizer(path, max_length, longest):
 _INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 class Reranker:
-    "How well texts answer a question, by a cross-encoder that `export_reranker` wrote."
+    """How well texts answer a question, by a cross-encoder that `export_reranker` wrote.
+
+    ModelFormatError for a folder that is no export; ConfigError for a setting out of range."""
     def __init__(
         self,
         path,             # its folder
@@ -145,7 +148,7 @@ class Reranker:
         query,          # a question
         texts,          # list of texts
     ) -> np.ndarray:    # (n,) float32, larger is better; between 0 and 1 where the activation is Sigmoid
-        "How well each text answers the question."
+        "How well each text answers the question; DataError for an empty question or text."
         if not isinstance(query, str) or not re.search(r"\w", query):
             raise DataError(f"{query!r} is no question: give at least a word.")
         if not isinstance(texts, list | tuple):
@@ -175,7 +178,9 @@ class Reranker:
         top_k=None,    # how many to return; all by default
         key="text",    # of the text, where candidates are dicts
     ) -> list[Ranked]:
-        "Candidates, the best first; one without text keeps its place, with the score None."
+        """Candidates, the best first; one without text keeps its place, with the score None.
+
+        ConfigError for top_k below 1; DataError for an empty question, or candidates without `key`."""
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise ConfigError(f"top_k must be a whole number from 1 on, or None, not {top_k!r}.")
         texts = _texts(candidates, key)

@@ -275,7 +275,10 @@ def train_reranker(
     log=None,               # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
 ) -> dict[str, list]:       # the history, an entry an epoch: loss, val_map, val_mrr
-    "Train a cross-encoder from scratch, and write it as sentence-transformers does, its curves beside it."
+    """Train a cross-encoder from scratch, and write it as sentence-transformers does, its curves beside it.
+
+    DataError for pairs that can't be used; ConfigError for a setting out of range, another run at work, or
+    something else in the way."""
     from matplotlib.pyplot import close
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)

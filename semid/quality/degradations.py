@@ -163,7 +163,7 @@ def degrade(
     severity,  # 1 to 5
     rng=0,     # a seed, or a numpy generator
 ):             # a picture of the same size, PIL or array as it was given
-    "Damage a picture, always in the same way for the same seed."
+    "Damage a picture, always in the same way for the same seed; ConfigError for another family or severity."
     if family not in _FAMILIES:
         raise ConfigError(f"Unknown damage {family!r}: there is {', '.join(FAMILIES)}.")
     if severity not in (1, 2, 3, 4, 5):
@@ -177,7 +177,7 @@ def random_damage(
     image,  # as in `degrade`
     rng,    # a seed, or a numpy generator
 ):          # the damaged picture; its family; its severity
-    "Damage of any family and severity, all equally likely."
+    "Damage of any family and severity, all equally likely; ShapeMismatchError for no picture."
     rng = np.random.default_rng(rng)
     family, severity = FAMILIES[rng.integers(len(FAMILIES))], int(rng.integers(1, 6))
     return degrade(image, family, severity, rng), family, severity

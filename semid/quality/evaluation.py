@@ -119,7 +119,10 @@ def rejection_report(
     severe_from=3,    # damage that must be found
     splits=None,      # only these; all by default
 ) -> dict[str, Any]:
-    "Precision of the rejections, and of them without the slightly damaged; recall of severe damage."
+    """Precision of the rejections, and of them without the slightly damaged; recall of severe damage.
+
+    Shares from 0 to 1, None where there is nothing. ConfigError if the collection says no damage; DataError
+    if no picture is in these splits."""
     for name in ("damage", "severity"):
         if name not in refined.collection.columns:
             raise ConfigError(f"The collection does not say what is damaged: it has no column {name!r}.")

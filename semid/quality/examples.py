@@ -25,6 +25,7 @@ from .degradations import FAMILIES, degrade
 # %% ../../nbs/quality/01_examples.ipynb #0b033144
 @dataclass
 class Batch:
+    "Pictures of one size, and what is true of them."
     images: Any   # (n, 3, H, W) uint8 tensor
     targets: Any  # (n, heads + 1) float32 tensor: severities, and the score last
     def __len__(self): return len(self.images)
@@ -110,7 +111,7 @@ def degraded_examples(
     clean=0.4,        # share of crops that stay as they are: more of them, fewer false alarms
     seed=0,           # of the crops to judge by
 ) -> Examples:
-    "Examples from clean pictures, which are damaged as they are drawn."
+    "Examples from clean pictures, which are damaged as they are drawn; DataError if none is large enough."
     n_validation, n_given = n_validation or max(32, per_epoch // 4), len(train)
     train, side = _of_use(train, crop, "learn from")
     validation = _of_use(validation, side, "judge by")[0]
@@ -137,7 +138,7 @@ def clean_pictures(
     window=512,      # pixels of a side that are kept of a large picture
     seed=0,
 ) -> list[np.ndarray]:  # (H, W, 3) uint8
-    "Undamaged pictures of a split, or a sample of them."
+    "Undamaged pictures of a split, or a sample of them; ConfigError for an unknown split."
     names = [r["id"] for r in collection.records(split, images=False) if not r.get("damage")]
     rng = np.random.default_rng(seed)
     chosen = set(rng.permutation(names)[:most].tolist())
@@ -176,7 +177,10 @@ def labelled_examples(
     validation=0.1,  # share of the sources to judge by
     seed=0,
 ) -> Examples:
-    "Examples from arrays of pictures and labels."
+    """Examples from arrays of pictures and labels.
+
+    ShapeMismatchError for other shapes; DataError for labels outside of 0..1, or too few pictures;
+    ConfigError for heads of one name."""
     labels = np.asarray(labels)
     heads = _check_arrays(images, labels, heads)
     if groups is not None and len(groups) != len(images):

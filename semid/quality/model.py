@@ -82,7 +82,10 @@ def train_quality(
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
-    "Train a quality model and write it, with its curves beside it."
+    """Train a quality model and write it, with its curves beside it.
+
+    The history has loss, val_loss, val_srcc and val_score_srcc. ConfigError for a setting out of range, or if
+    something else is in the way."""
     import torch
     from matplotlib.pyplot import close
     from semid.quality.network import QualityNetwork
@@ -191,7 +194,9 @@ def _tiles(pixels, side):
 _AT_ONCE = 64  # pictures whose tiles are in memory
 
 class QualityAssessmentInference:
-    "A trained quality model: `predict_from_bytes`, `predict_degradations`, `predict` for many."
+    """A trained quality model: `predict_from_bytes`, `predict_degradations`, `predict` for many.
+
+    ModelFormatError for a folder that is no such model, or damaged."""
     def __init__(
         self,
         model_path,              # folder of the model

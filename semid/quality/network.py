@@ -62,6 +62,7 @@ class QualityNetwork(nn.Module):
         self,
         images,  # (n, 3, H, W) uint8, of any size
     ):           # (n, n_heads + 1)
+        "Logits of the severities and, last, of the score."
         x = images.float() / 255
         x = F.pad(x, (0, max(0, 16 - x.shape[3]), 0, max(0, 16 - x.shape[2])), mode="replicate")
         x = x.contiguous(memory_format=torch.channels_last)

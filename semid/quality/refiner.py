@@ -85,7 +85,9 @@ class Refined:
         folder,           # kept pictures go here as a collection, all verdicts as scores.parquet
         progress=False,
     ) -> Collection:      # what was kept
-        "Write the pictures that are kept, and the verdicts on all."
+        """Write the pictures that are kept, and the verdicts on all.
+
+        DataError if none is kept; ConfigError if something else is in the way."""
         folder, n = Path(folder), self.counts()
         check_output(folder, self.collection)
         verdicts = folder / ("scores.parquet" if n[KEPT] else "refused.parquet")
@@ -190,7 +192,9 @@ def _on_ray(pieces, n_workers, address, scorer_args, bar):
     return pa.concat_tables(tables).sort_by("piece").drop_columns(["piece"])
 
 class VisualDegradationsRefiner:
-    "Sorts the pictures of a collection by how damaged they are."
+    """Sorts the pictures of a collection by how damaged they are.
+
+    ConfigError for a threshold out of 0..1, or unknown."""
     def __init__(
         self,
         model,             # folder of a quality model, or a `QualityAssessmentInference`
@@ -225,7 +229,7 @@ class VisualDegradationsRefiner:
         self,
         collection,   # a `Collection`
     ) -> Refined:
-        "The verdict on all pictures of a collection."
+        "The verdict on all pictures of a collection; DataError if it has none."
         pieces = _pieces(collection)
         if not pieces: raise DataError("The collection has no pictures.")
         bar = tqdm(desc="judged", total=len(collection), disable=not self.progress, unit="picture")
@@ -246,7 +250,9 @@ def score_pictures(
     max_pixels=MAX_PIXELS,  # larger ones get an error
     progress=True,
 ) -> pa.Table:      # id, score, a severity a head, error
-    "Score pictures, each by itself: what can't be decoded has an error and no score."
+    """Score pictures, each by itself: what can't be decoded has an error and no score.
+
+    DataError if nothing is at a path; ConfigError if the output is one of these."""
     model = QualityAssessmentInference(model_path, device, max_pixels=max_pixels)
     found, parts = pictures_at(paths, output), []
     schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in ("score", *model.heads)),

@@ -47,7 +47,7 @@ class Captioned:
         return found.hexdigest()
 
     def texts(self) -> tuple[list[str], np.ndarray]:
-        "All captions, and which picture each is of."
+        "All captions, and (captions,) which picture each is of."
         owner = np.repeat(np.arange(len(self)), [len(texts) for texts in self.captions])
         return [text for texts in self.captions for text in texts], owner
 
@@ -56,7 +56,7 @@ def captioned_pictures(
     split,       # "train", "validation" or "test"
     side=96,     # pixels of a side that the network sees
 ) -> Captioned:
-    "The pictures of a split that have captions."
+    "The pictures of a split that have captions; DataError if there are none."
     ids, images, captions, groups = [], [], [], []
     for record in collection.records(split):
         if not record["captions"]: continue
@@ -206,7 +206,11 @@ def train_ranking(
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
 ) -> dict[str, list]:    # the history, an entry an epoch
-    "Train a dual encoder and write it with its tokenizer, its curves beside it."
+    """Train a dual encoder and write it with its tokenizer, its curves beside it.
+
+    The history has loss, scale, val_recall and what `retrieval_metrics` gives, as val_t2i_recall@1, ...
+    ConfigError for a setting out of range, or something else in the way; ModelFormatError for weights of
+    another network."""
     from matplotlib.pyplot import close
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
@@ -248,7 +252,8 @@ def train_ranking(
     done = train(network, objective, batches, epochs, _optimizer(network, lr, weight_decay), clip=1.0,
                  rate=learning_rate("cosine", n_steps, min(100, n_steps // 10)), evaluate=evaluate,
                  best_by="val_recall", larger_is_better=True, patience=patience, precision=precision,
-                 accumulate=accumulate, seed=seed, checkpoint=checkpoint or last, resume=resume, about=about,
+                 accumulate=accumulate, seed=seed, checkpoint=checkpoint or last, resume=resume,
+                 about=about | {"tokenizer": tokenizer.digest()},
                  log=log, progress="ranking" if progress else None)
     tokenizer.save(output_path / "tokenizer.json")
     write_network(output_path, KIND, network, **about, seed=seed, history=done.history,
@@ -256,7 +261,7 @@ def train_ranking(
     figure = plot_ranking(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    last.unlink(missing_ok=True)
+    if checkpoint is None or Path(checkpoint).resolve() == last.resolve(): last.unlink(missing_ok=True)
     return done.history
 
 def plot_ranking(

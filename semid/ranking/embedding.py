@@ -60,7 +60,10 @@ def embed_collection(
     rows_per_shard=50_000, # pictures of a shard
     progress=True,
 ) -> dict[str, Any]:       # the manifest
-    "Vectors of all pictures and captions of a collection; goes on where a run of the same was cut off."
+    """Vectors of all pictures and captions of a collection; goes on where a run of the same was cut off.
+
+    ConfigError if another run is at work there, or the folder holds something else; DataError if there is
+    nothing to embed."""
     folder = Path(folder)
     if rows_per_shard < 1: raise ConfigError(f"rows_per_shard must be at least 1, not {rows_per_shard}.")
     kinds = ["images"] * (encoder.prepare is not None)
@@ -96,7 +99,9 @@ def embed_texts(
     text_column="text",
     progress=True,
 ) -> int:                # rows
-    "Vectors of texts that have no pictures, such as titles of items; whole or not at all."
+    """Vectors of texts that have no pictures, such as titles of items; whole or not at all.
+
+    DataError for a missing column, an id that is null or there twice, or an empty text."""
     files = find_files(source)
     for file in files:
         names = pq.read_schema(file).names

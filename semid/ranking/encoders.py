@@ -24,7 +24,7 @@ from ..config import ConfigError, DataError, ModelFormatError, default_threads
 from ..config import device as device_of
 from ..images import MAX_PIXELS, read_pixels
 from ..networks import digest_of, fill, read_network
-from ..onnx_file import checked_file, onnx_session
+from ..onnx_file import checked_file, onnx_session, session_device
 from .contrastive import KIND
 from .network import DualEncoder
 from .text import CaptionTokenizer, read_tokenizer
@@ -55,7 +55,7 @@ class Encoder:
         texts,           # a text, or a list of them
         progress=False,
     ) -> np.ndarray:     # (n, dim) float32 unit vectors
-        "Vectors of texts."
+        "Vectors of texts; DataError if one is empty."
         texts = [texts] if isinstance(texts, str) else list(texts)
         if bad := [text for text in texts if not isinstance(text, str) or not text.strip()]:
             raise DataError(f"{bad[0]!r} is no text to look for: give at least a word.")
@@ -69,7 +69,7 @@ class Encoder:
         images,          # encoded bytes, paths, PIL pictures or (H, W, 3) uint8 arrays
         progress=False,
     ) -> tuple[np.ndarray, dict[int, str]]:  # (n, dim) float32; why some have no vector, by their number
-        "Unit vectors of pictures; NaN for those that can't be decoded."
+        "Unit vectors of pictures; NaN for those that can't be decoded; ConfigError for an encoder of texts."
         if self.prepare is None or self.images is None:
             raise ConfigError(f"{self.name} reads texts only: use dual or open_clip for pictures.")
         images = [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
@@ -165,6 +165,7 @@ class ShortTexts(torch.nn.Module):
                 and network.attn_mask is not None)
 
     def forward(self, tokens):
+        "Token numbers, (n, length) int64, to (n, dim) unit vectors."
         from open_clip.transformer import text_global_pool
         n, network = tokens.shape[1], self.network
         x = network.token_embedding(tokens) + network.positional_embedding[:n]
@@ -251,6 +252,7 @@ def _onnx(name, where, device):
     if kind != ONNX: raise ModelFormatError(f"Invalid model type: {kind} in {folder}; expected {ONNX}.")
     try:
         image, text = (onnx_session(checked_file(folder, file), device) for file in (image, text))
+        device = session_device(image)
         own = read_tokenizer(checked_file(folder, files["tokenizer"])) if "tokenizer" in files else None
         prepare, tokenize = _reading(reads, own)
     except (AttributeError, KeyError, TypeError) as e:

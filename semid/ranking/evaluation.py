@@ -47,7 +47,7 @@ def retrieval(
     split="test",
     progress=True,
 ) -> Retrieval:
-    "Encode the pictures of a split that have captions, and these."
+    "Encode the pictures of a split that have captions, and these; DataError if there are none."
     records = [r for r in collection.records(split) if r["captions"]]
     if not records: raise DataError(f"No picture of {split} has a caption: there is nothing to ask.")
     images, errors = encoder.encode_images([r["image"]["bytes"] for r in records], progress)

@@ -93,7 +93,9 @@ def retrieval_ranks(
     image_of_text,     # (texts,) which image each text is of
     block=512,         # images compared at a time
 ) -> tuple[Ranks, Ranks]:  # of each text; of each image that has a text, in their order
-    "Where the right image of each text stands, and the first of the right texts of each image."
+    """Where the right image of each text stands, and the first of the right texts of each image.
+
+    ShapeMismatchError or DataError for arrays that don't fit."""
     images, texts, owner = _checked(image_embeddings, text_embeddings, image_of_text)
     right = np.einsum("ij,ij->i", images[owner], texts)  # score of each text with its image
     best = np.full(len(images), -np.inf)
@@ -139,8 +141,10 @@ def similarity_statistics(
     text_embeddings,   # (texts, D) unit vectors
     image_of_text,     # (texts,) which image each text is of
     block=512,         # images compared at a time
-) -> dict[str, float]:
-    "Mean and deviation of the cosines of pairs and of strangers, their gap, and its size in deviations."
+) -> dict[str, float]:  # pair_mean, pair_std, other_mean, other_std, gap, gap_in_deviations
+    """Mean and deviation of the cosines of pairs and of strangers, their gap, and its size in deviations.
+
+    ShapeMismatchError or DataError for arrays that don't fit."""
     images, texts, owner = _checked(image_embeddings, text_embeddings, image_of_text)
     pairs = np.einsum("ij,ij->i", images[owner], texts)
     total = square = 0.0

@@ -32,6 +32,7 @@ class TextTower(nn.Module):
         self,
         tokens,  # (n, length) int64, 0 where a text has ended
     ):           # (n, 2 * width)
+        "Features of texts: the mean of the states of their tokens."
         there, places = tokens > 0, torch.arange(tokens.shape[1], device=tokens.device)
         lengths = there.sum(1, keepdim=True)
         turned = tokens.gather(1, (lengths - 1 - places).clamp_min(0)) * there
@@ -61,12 +62,14 @@ class DualEncoder(nn.Module):
         self,
         images,  # (n, 3, side, side), 0 to 255
     ):           # (n, dim) unit vectors
+        "Pictures to the space."
         return F.normalize(self.to_space["image"](self.image(images)).float(), dim=1)
 
     def encode_texts(
         self,
         tokens,  # (n, length) int64, 0 where a text has ended
     ):           # (n, dim) unit vectors
+        "Texts to the space."
         return F.normalize(self.to_space["text"](self.text(tokens)).float(), dim=1)
 
     def scale(self):

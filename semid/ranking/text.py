@@ -18,7 +18,7 @@ from ..config import ConfigError, DataError, ModelFormatError, atomic_path
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 
 class CaptionTokenizer:
-    "Texts to rows of token numbers, 0 where a row has ended."
+    "Texts to rows of token numbers, 0 where a row has ended; ModelFormatError for another kind."
     def __init__(
         self,
         inner,  # a `tokenizers.Tokenizer`; token 0 is the padding
@@ -32,7 +32,7 @@ class CaptionTokenizer:
         self,
         texts,          # a list of texts
     ) -> np.ndarray:    # (n, tokens of the longest) int64; at least one token each
-        "Token numbers of texts; what is longer than the largest length is cut."
+        "Token numbers of texts; what is longer than the largest length is cut; DataError if one is none."
         texts = [texts] if isinstance(texts, str) else list(texts)
         if bad := [text for text in texts if not isinstance(text, str)]:
             raise DataError(f"{bad[0]!r} is no text.")
@@ -65,7 +65,9 @@ def train_tokenizer(
     vocabulary_size=10_000,    # tokens at most
     max_length=64,             # tokens of a text; the rest is cut
 ) -> CaptionTokenizer:
-    "A tokenizer of these captions: the same captions, the same tokenizer."
+    """A tokenizer of these captions: the same captions, the same tokenizer.
+
+    ConfigError for a size that is too small; DataError for captions without words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     if vocabulary_size < 300 or max_length < 1:
         raise ConfigError("vocabulary_size must be at least 300, and max_length at least 1.")

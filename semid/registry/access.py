@@ -33,7 +33,9 @@ def users_of(
     token,   # None, a token, or {token: user}
     user,    # whose a single token is
 ) -> dict[str, str]:
-    "Users by their tokens; nobody, if none is needed."
+    """Users by their tokens; nobody, if none is needed.
+
+    ConfigError for a token that can be guessed, or a user without name."""
     if token is None: return {}
     users = dict(token) if isinstance(token, Mapping) else {token: user}
     if not users: raise ConfigError("No token is given, so nobody could ask: give one, or None to need none.")

@@ -293,7 +293,7 @@ def create_registry_app(
     move_timeout=300.0,                  # seconds that a file waits for others to be kept or fetched
     threads=8,                           # requests at a time
 ) -> FastAPI:
-    "A registry over HTTP."
+    "A registry over HTTP; ConfigError for a token that can be guessed."
     users = users_of(token, service.user)
     working, looking = CapacityLimiter(threads), CapacityLimiter(1)
     app = FastAPI(title="semid registry", version=__version__, docs_url=None, redoc_url=None,

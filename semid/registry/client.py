@@ -6,12 +6,12 @@
 __all__ = ['RegistryClient']
 
 # %% ../../nbs/registry/07_client.ipynb #e8700103
-import hashlib, os, shutil, tempfile, time
+import hashlib, os, shutil, tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import DataError, ModelFormatError, SemidError, flush_to_disk
-from .connection import Connection, LostError, as_sent
+from .connection import Connection, LostError, SlowError, as_sent, wait_before
 from .contents import _already, _sweep, describe, digest_of
 from .entities import Change, Dataset, Model, ModelContent, ModelPageInfo
 from .entities import Slice, Undefined, defined
@@ -82,7 +82,7 @@ class RegistryClient:
         return self._at.answer(Slice, "GET", *_dataset(dataset_id), "slices", slice_id, again=True)
 
     def get_slices(self, dataset_id) -> list[Slice]:
-        "All slices of a dataset, by id."
+        "All slices of a dataset, by id; NotFoundError if there is no such dataset."
         return self._at.answer(list[Slice], "GET", *_dataset(dataset_id), "slices", again=True)
 
     def get_models(
@@ -94,7 +94,10 @@ class RegistryClient:
         order_by="-created_at",                     # or name, updated_at, trained_at, average_ap; - turns it
         deleted=False,                              # those that were deleted instead
     ) -> tuple[list[Model], str | None, int]:
-        "A page of models, the cursor of the next (None: there is none), and how many models fit in all."
+        """A page of models, the cursor of the next (None: there is none), and how many models fit in all.
+
+        DataError for a length, order, cursor or filter that makes no sense; NotFoundError for an unknown
+        dataset."""
         if models_filter is not None and not isinstance(models_filter, ModelsFilter):
             raise DataError(f"models_filter is a ModelsFilter, not {type(models_filter).__name__}.")
         body = as_sent(dict(cursor=cursor, length=length, order_by=order_by, deleted=deleted))
@@ -111,7 +114,7 @@ class RegistryClient:
         order_by="-created_at",
         deleted=False,
     ) -> Iterator[Model]:
-        "All models that fit, page after page."
+        "All models that fit, page after page; errors as of `get_models`."
         cursor: str | None = None
         while True:
             models, cursor, _ = self.get_models(dataset_id, models_filter, cursor, 200, order_by, deleted)
@@ -167,7 +170,9 @@ class RegistryClient:
         run_id=Undefined,
         revision=None,                   # that was seen: ConflictError if another is there by now
     ) -> Model:
-        "Change what is given of a model."
+        """Change what is given of a model.
+
+        ConflictError if it was changed since, NotFoundError if it isn't there."""
         body = as_sent(defined(
             name=name, baseline_model=baseline_model, description=description,
             training_slice_ids=training_slice_ids, validation_slice_ids=validation_slice_ids,
@@ -177,12 +182,12 @@ class RegistryClient:
         return self._at.answer(Model, "PATCH", *_model(dataset_id, model_id), body=body)
 
     def pin_model(self, dataset_id, model_id, revision=None) -> Model:
-        "Mark a model as one to keep."
+        "Mark a model as one to keep; ConflictError if it was changed since, NotFoundError if it isn't there."
         body = as_sent(dict(revision=revision))
         return self._at.answer(Model, "POST", *_model(dataset_id, model_id), "pin", body=body)
 
     def unpin_model(self, dataset_id, model_id, revision=None) -> Model:
-        "Mark a model as any other."
+        "Mark a model as any other; ConflictError if it was changed since, NotFoundError if it isn't there."
         body = as_sent(dict(revision=revision))
         return self._at.answer(Model, "POST", *_model(dataset_id, model_id), "unpin", body=body)
 
@@ -193,17 +198,21 @@ class RegistryClient:
         force=False,     # also a pinned one
         revision=None,   # that was seen
     ) -> bool:
-        "Delete a model, which `restore_model` can undo; its slices and its content stay."
+        """Delete a model, which `restore_model` can undo; its slices and its content stay.
+
+        ConflictError if it is pinned, or was changed since; NotFoundError if it isn't there."""
         params = {"force": bool(force)} | ({} if revision is None else as_sent(dict(revision=revision)))
         self._at.ask("DELETE", *_model(dataset_id, model_id), params=params)
         return True
 
     def restore_model(self, dataset_id, model_id) -> Model:
-        "Undo that a model was deleted."
+        "Undo that a model was deleted; ConflictError if it was not, NotFoundError if it never was there."
         return self._at.answer(Model, "POST", *_model(dataset_id, model_id), "restore", body={})
 
     def get_history(self, dataset_id, model_id) -> list[Change]:
-        "What was done to a model, the first thing first; also to one that was deleted."
+        """What was done to a model, the first thing first; also to one that was deleted.
+
+        NotFoundError if it never was there."""
         asked = *_model(dataset_id, model_id), "history"
         return self._at.answer(list[Change], "GET", *asked, again=True)
 
@@ -218,10 +227,11 @@ class RegistryClient:
         check_id(content_id, "content_id")
         told = {} if run_id is None else as_sent(dict(run_id=run_id))
         for n in range(self._at.retries + 1):
-            if n: time.sleep(min(2.0, 0.1 * 2 ** n))
+            wait_before(n)
             try: return self._send(Path(path), files, content_id, told)
             except LostError as e:
                 if found := self._arrived(content_id, digest): return found
+                if isinstance(e, SlowError): raise  # it may still be stored, and need not be a second time
                 lost = e
         raise lost
 

@@ -6,7 +6,7 @@
 __all__ = ['MOST_FILES', 'is_pickle', 'files_of', 'digest_of', 'describe', 'store', 'check_content', 'fetch']
 
 # %% ../../nbs/registry/03_contents.ipynb #e8400003
-import glob, hashlib, os, re, shutil, tempfile, zipfile, zlib
+import glob, hashlib, json, os, re, shutil, tempfile, zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,21 +26,32 @@ def _has_objects(file):
         of = np.lib.format
         read = of.read_array_header_1_0 if version == (1, 0) else of.read_array_header_2_0
         return read(file)[2].hasobject
-    except ValueError: return False
+    except Exception: return True  # of numpy's many errors: nobody can say that it is none
+
+_LONGEST_HEADER = 100_000_000  # bytes that safetensors reads, too
+
+def _begins_as_pickle(file, size):
+    "Do bytes begin as a pickle, or as an array of pickled objects?"
+    head = file.read(16)
+    if head.startswith(b"\x93NUMPY"):
+        file.seek(0)
+        return _has_objects(file)
+    if not re.match(rb"\x80[\x02-\x05]", head): return False
+    length = int.from_bytes(head[:8], "little")  # a safetensors file may begin like this
+    if head[8:9] != b"{" or length > min(_LONGEST_HEADER, size - 8): return True
+    try: return not isinstance(json.loads(head[8:] + file.read(length - len(head[8:]))), dict)
+    except ValueError: return True
 
 def _archive_has_pickles(path):
     try: archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile: return False  # it is none
+    except Exception: return True  # of zipfile's many errors
     with archive:
-        names = archive.namelist()
-        if any(name.lower().endswith(_PICKLES) for name in names): return True
-        for name in names:
-            if not name.lower().endswith(".npy"): continue
+        for part in archive.infolist():
+            if part.filename.lower().endswith(_PICKLES): return True
             try:
-                with archive.open(name) as file:
-                    if _has_objects(file): return True
-            except (EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
-                return True  # damaged or locked: nobody can say that it holds none
+                with archive.open(part) as file:
+                    if _begins_as_pickle(file, part.file_size): return True
+            except Exception: return True  # damaged, locked or unknown: nobody can say that it holds none
     return False
 
 def is_pickle(
@@ -50,14 +61,10 @@ def is_pickle(
     path = Path(path)
     if path.suffix.lower() in _PICKLES: return True
     with open(path, "rb") as file:
-        head = file.read(16)
-        if head.startswith(b"\x93NUMPY"):
-            file.seek(0)
-            return _has_objects(file)
-    if head.startswith(b"PK\x03\x04"): return _archive_has_pickles(path)
-    if not re.match(rb"\x80[\x02-\x05]", head): return False
-    length = int.from_bytes(head[:8], "little")  # a safetensors file may begin like this
-    return not (head[8:9] == b"{" and length + 8 <= path.stat().st_size)
+        if _begins_as_pickle(file, path.stat().st_size): return True
+        file.seek(0)
+        is_archive = file.read(4) == b"PK\x03\x04"
+    return is_archive and _archive_has_pickles(path)
 
 # %% ../../nbs/registry/03_contents.ipynb #e8400011
 _NAME = re.compile(r"[\w .()+@,=\-]+")
@@ -71,8 +78,8 @@ def _checked_file(path, inside):
     if not real.is_file(): raise DataError(f"{path} is no plain file: store files only.")
     if not real.stat().st_size: raise DataError(f"{path} is empty: that is no weights.")
     if is_pickle(real) or path.suffix.lower() in _PICKLES:
-        raise ModelFormatError(f"{path} is a pickle, which is never kept: save the model as .safetensors, or "
-                               "as .npz of plain arrays.")
+        raise ModelFormatError(f"{path} is a pickle, or may hold one, which is never kept: save the model as "
+                               ".safetensors, or as .npz of plain arrays.")
     return real
 
 def _walk(folder):
@@ -110,7 +117,7 @@ def digest_of(
 def describe(
     path,    # a file, or a folder
 ) -> tuple[list[ContentFile], str]:
-    "The files of a content, and the digest of all."
+    "The files of a content, and the digest of all; DataError or ModelFormatError if one can't be stored."
     files = [checked(ContentFile, path=name, sha256=file_sha256(file), size=file.stat().st_size)
              for name, file in files_of(path).items()]
     return files, digest_of(files)
@@ -172,7 +179,10 @@ def store(
     run_id=None,     # the MLflow run that made it; one of its own by default
     uri=None,        # of MLflow; `store_uri()` by default
 ) -> ModelContent:
-    "Keep files as artifacts of an MLflow run."
+    """Keep files as artifacts of an MLflow run.
+
+    ConflictError if the run holds something else; DataError for files that can't be stored; MirrorError if
+    MLflow is away, or not all arrived."""
     files, digest = describe(path)
     content = checked(ModelContent, id=content_id, sha256=digest, files=files, run_id=run_id)
     if not content.id.strip("."): raise DataError("A content's id has more in it than dots.")

@@ -134,7 +134,9 @@ def register_model(
     description=None,
     run_id=None,         # that made it
 ) -> Model:
-    "A trained model and its files in the registry: the one that is there, brought up to date, or a new one."
+    """A trained model and its files in the registry: the one that is there, brought up to date, or a new one.
+
+    NotFoundError if the dataset or a slice is not there."""
     digest, about = describe(folder)[1], json.loads((Path(folder) / "metadata.json").read_text())
     given: dict[str, Any] = dict(
         description=description, training_slice_ids=list(training_slice_ids), is_trained=True,
@@ -163,7 +165,7 @@ def pin_alone(
 def as_registered(
     model: Model,
 ) -> dict[str, Any]:
-    "What a model is, without what differs from one registry to another."
+    "What a model is, without what differs from one registry to another. DataError if it has no content."
     names = "name", "baseline_model", "description", "is_pinned", "training_parameters", "meta", "average_ap"
     told = {name: getattr(model, name) for name in names}
     told["training_classes"] = [one.model_dump() for one in model.training_classes]

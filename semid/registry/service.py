@@ -19,7 +19,7 @@ from . import contents
 from .entities import (
     Change, ConflictError, Model, ModelContent, NotFoundError, Undefined, checked, defined)
 from .filters import (
-    ModelsFilter, condition_of, count_of, next_cursor, order_of, read_cursor)
+    ModelsFilter, Search, next_cursor, read_cursor)
 from .mirror import Mirror
 from .slices import SliceService, check_id, now_text
 from .stores import auto_uri, store_uri
@@ -28,8 +28,6 @@ from .tables import (
     CONTENTS, HISTORY, MODEL_SLICES, MODELS, as_json, content_of, models_of, new_id, slice_of, write_model)
 
 # %% ../../nbs/registry/05_service.ipynb #e8500011
-_TOLD = "training_slices", "validation_slices", "model_content"  # in the history, by their ids
-
 def _shown(model, name):
     "The value of a field, as the history tells it."
     value = getattr(model, name)
@@ -44,7 +42,8 @@ def _changes(was, now):
     names = [name for name in Model.model_fields if name not in _KEPT]
     before = was or Model.model_construct(name=None, baseline_model=None)
     pairs = {name: [_shown(before, name), _shown(now, name)] for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    differ = lambda a, b: as_json(a) != as_json(b)  # in which 1 is not True
+    return {name: pair for name, pair in pairs.items() if differ(*pair)}
 
 def _trained(was, given):
     "What is given, and when a training was complete: now if nobody says."
@@ -83,7 +82,10 @@ class ModelService(SliceService):
         order_by="-created_at",                     # or name, updated_at, trained_at, average_ap; - turns it
         deleted=False,                              # those that were deleted instead
     ) -> tuple[list[Model], str | None, int]:
-        "A page of models, the cursor of the next (None: there is none), and how many models fit in all."
+        """A page of models, the cursor of the next (None: there is none), and how many models fit in all.
+
+        DataError for a length, order, cursor or filter that makes no sense; NotFoundError for an unknown
+        dataset."""
         if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= 200:
             raise DataError(f"length must be a whole number from 1 to 200, not {length!r}.")
         if models_filter is not None and not isinstance(models_filter, ModelsFilter):
@@ -92,18 +94,14 @@ class ModelService(SliceService):
 
     def _page(self, dataset_id, models_filter, cursor, length, order_by, deleted, count):
         "A page, and how many there are in all if somebody asks."
-        _, column, descending = order_of(order_by)
         scope = dataset_id, models_filter, order_by, deleted
+        search = Search(dataset_id, models_filter, deleted)
         after = None if cursor is None else read_cursor(self._secret, cursor, *scope)
-        found = select(MODELS).where(MODELS.c.dataset_id == dataset_id, condition_of(models_filter))
-        found = found.where(MODELS.c.deleted_at != "" if deleted else MODELS.c.deleted_at == "")
-        counted = count_of(found, models_filter)
-        if after is not None: found = found.where(after)
-        by = [one.desc() if descending else one for one in dict.fromkeys([column, MODELS.c.key])]
+        found = search.page(order_by, after, length + 1, count)
         with self.database.transaction() as connection:
             self._check_dataset(connection, dataset_id)
-            total = connection.execute(counted).scalar_one() if count else None
-            rows = connection.execute(found.order_by(*by).limit(length + 1)).all()
+            rows = connection.execute(found).all()
+            total = count and (rows[0].total if rows else connection.execute(search.count).scalar_one())
             models = models_of(connection, rows[:length])
         more = next_cursor(self._secret, rows[length - 1], *scope) if len(rows) > length else None
         return models, more, total
@@ -115,7 +113,7 @@ class ModelService(SliceService):
         order_by="-created_at",
         deleted=False,
     ) -> Iterator[Model]:
-        "All models that fit, page after page."
+        "All models that fit, page after page; errors as of `get_models`."
         cursor: str | None = None
         while True:
             models, cursor, _ = self._page(dataset_id, models_filter, cursor, 200, order_by, deleted, False)
@@ -145,19 +143,19 @@ class ModelService(SliceService):
         model_id=None,                # a new one by default
     ) -> Model:
         "Register a model; NotFoundError if its dataset, a slice or its content is not there."
-        at = now_text()
         given = dict(is_trained=is_trained) | ({} if trained_at is None else {"trained_at": trained_at})
         given = _trained(None, given)
         fields = dict(id=new_id("model") if model_id is None else model_id, dataset_id=dataset_id, name=name,
                       baseline_model=baseline_model, description=description, is_pinned=is_pinned,
                       training_classes=list(training_classes or ()),
                       training_parameters=training_parameters, meta=meta, run_id=run_id,
-                      created_at=at, created_by=self.user, updated_at=at, updated_by=self.user) | given
+                      created_by=self.user, updated_by=self.user) | given
         ids = dict(training_slice_ids=training_slice_ids, validation_slice_ids=validation_slice_ids,
                    model_content_id=model_content_id)
         try:
             with self.database.transaction(write=True) as connection:
                 self._check_dataset(connection, dataset_id)
+                fields |= dict.fromkeys(("created_at", "updated_at"), now_text())  # in the order of the keys
                 model = checked(Model, **fields, **self._linked(connection, dataset_id, ids))
                 key = write_model(connection, model)
                 self._link(connection, key, model)
@@ -184,7 +182,9 @@ class ModelService(SliceService):
         run_id=Undefined,
         revision=None,                   # that was seen: ConflictError if another is there by now
     ) -> Model:
-        "Change what is given of a model."
+        """Change what is given of a model.
+
+        ConflictError if it was changed since, NotFoundError if it isn't there."""
         linked = defined(training_slice_ids=training_slice_ids, validation_slice_ids=validation_slice_ids,
                          model_content_id=model_content_id)
         given = defined(name=name, baseline_model=baseline_model, description=description,
@@ -194,11 +194,11 @@ class ModelService(SliceService):
         return self._change(dataset_id, model_id, "update", given, revision, linked)
 
     def pin_model(self, dataset_id, model_id, revision=None) -> Model:
-        "Mark a model as one to keep."
+        "Mark a model as one to keep; ConflictError if it was changed since, NotFoundError if it isn't there."
         return self._change(dataset_id, model_id, "pin", {"is_pinned": True}, revision)
 
     def unpin_model(self, dataset_id, model_id, revision=None) -> Model:
-        "Mark a model as any other."
+        "Mark a model as any other; ConflictError if it was changed since, NotFoundError if it isn't there."
         return self._change(dataset_id, model_id, "unpin", {"is_pinned": False}, revision)
 
     def delete_model(
@@ -208,7 +208,9 @@ class ModelService(SliceService):
         force=False,     # also a pinned one
         revision=None,   # that was seen
     ) -> bool:
-        "Delete a model, which `restore_model` can undo; its slices and its content stay."
+        """Delete a model, which `restore_model` can undo; its slices and its content stay.
+
+        ConflictError if it is pinned, or was changed since; NotFoundError if it isn't there."""
         def not_pinned(model):
             if model.is_pinned and not force:
                 raise ConflictError(f"{model_id!r} is pinned: unpin it first, or use force.")
@@ -216,11 +218,13 @@ class ModelService(SliceService):
         return True
 
     def restore_model(self, dataset_id, model_id) -> Model:
-        "Undo that a model was deleted."
+        "Undo that a model was deleted; ConflictError if it was not, NotFoundError if it never was there."
         return self._change(dataset_id, model_id, "restore", {"deleted_at": None}, None, deleted=True)
 
     def get_history(self, dataset_id, model_id) -> list[Change]:
-        "What was done to a model, the first thing first; also to one that was deleted."
+        """What was done to a model, the first thing first; also to one that was deleted.
+
+        NotFoundError if it never was there."""
         with self.database.transaction() as connection:
             row, _ = self._find(connection, dataset_id, model_id, deleted=None)
             found = select(HISTORY).where(HISTORY.c.model == row.key).order_by(HISTORY.c.key)
@@ -248,6 +252,7 @@ class ModelService(SliceService):
                 found[f"{role}_slices"] = [slice_of(row) for row in rows]
         if "model_content_id" in ids: found["model_content"] = None
         if (content := ids.get("model_content_id")) is not None:
+            check_id(content, "model_content_id")
             row = connection.execute(select(CONTENTS).where(CONTENTS.c.id == content)).one_or_none()
             if row is None: raise NotFoundError(f"There is no content {content!r}: add_content makes one.")
             found["model_content"] = content_of(row)
@@ -298,7 +303,9 @@ class ModelService(SliceService):
         progress=True,   # show a bar
         again=False,     # also what is shown as it is, such as after MLflow lost it
     ) -> int:            # how many models were shown
-        "Show in MLflow what it does not show yet; MirrorError if it is away or refuses some."
+        """Show in MLflow what it does not show yet; MirrorError if it is away or refuses some.
+
+        ConfigError if there is no MLflow to show it in."""
         if self._sync is None:
             raise ConfigError("This registry is shown nowhere: set MLFLOW_TRACKING_URI, or use mirror=True.")
         return self._sync.sync(progress, again)

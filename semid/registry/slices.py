@@ -67,7 +67,7 @@ class SliceService:
         self,
         name,   # who makes changes
     ):
-        "The same registry, for another user."
+        "The same registry, for another user; ConfigError if that is no name."
         other = copy.copy(self)
         other.user = _checked_user(name)
         return other
@@ -120,7 +120,7 @@ class SliceService:
             return slice_of(self._slices(connection, dataset_id, [slice_id])[0])
 
     def get_slices(self, dataset_id) -> list[Slice]:
-        "All slices of a dataset, by id."
+        "All slices of a dataset, by id; NotFoundError if there is no such dataset."
         with self.database.transaction() as connection:
             self._check_dataset(connection, dataset_id)
             found = select(SLICES).where(SLICES.c.dataset_id == dataset_id).order_by(SLICES.c.id)
@@ -137,6 +137,7 @@ class SliceService:
         slice_ids = [*slice_ids] if plain else [None]
         if not all(isinstance(one, str) for one in slice_ids):
             raise DataError("Slices are named by a list of ids.")
+        for one in slice_ids: check_id(one, "slice")
         if len({*slice_ids}) < len(slice_ids): raise DataError("A slice is named twice.")
         found = {row.id: row for row in connection.execute(
             select(SLICES).where(SLICES.c.dataset_id == dataset_id, SLICES.c.id.in_(slice_ids)))}
@@ -145,5 +146,6 @@ class SliceService:
         return [found[one] for one in slice_ids]
 
 def check_id(given, name):
+    "DataError if an id is none, NotFoundError if nothing can have it."
     if not isinstance(given, str) or not given: raise DataError(f"{name} is required: give the id, a text.")
     if "\0" in given or not given.isprintable(): raise NotFoundError(f"There is no {name} {given!r}.")

@@ -93,10 +93,10 @@ def check_is_there(
             url = sa.make_url(uri)
             socket.create_connection((url.host or "localhost", url.port or _PORTS[scheme]), PATIENCE).close()
     except (OSError, ValueError, exc.ArgumentError, sqlite3.Error) as e:
-        why = _why(e, uri)
+        why = _why(e)
         raise MirrorError(f"MLflow at {shown_uri(uri)} is away: {why}. Try again when it is back.") from None
 
-def _why(error, uri):
+def _why(error):
     "What an error says, in a line without passwords."
     said = shown_uri(" ".join(str(error).split()))[:300].rstrip(".")
     return said or type(error).__name__
@@ -112,7 +112,7 @@ def errors_of(
     from mlflow.exceptions import MlflowException
     try: yield
     except (MlflowException, OSError, exc.SQLAlchemyError) as e:
-        raise MirrorError(f"MLflow at {shown_uri(uri)} says: {_why(e, uri)}.") from e
+        raise MirrorError(f"MLflow at {shown_uri(uri)} says: {_why(e)}.") from e
 
 def _mlflow():
     try: return importlib.import_module("mlflow")

@@ -79,13 +79,18 @@ def packed(
     folder,
     files,               # `ContentFile`s of it
 ) -> tuple[int, Iterator[bytes]]:
-    "How long the body of a folder is, and its portions."
+    "How long the body of a folder is, and its portions; DataError where a file has another length by then."
     line = json.dumps([file.model_dump() for file in files]).encode() + b"\n"
     def all_of_it():
         yield line
         for file in files:
+            left = file.size
             with open(Path(folder, *file.path.split("/")), "rb") as here:
-                while data := here.read(PORTION): yield data
+                while data := here.read(PORTION):
+                    left -= len(data)
+                    if left < 0: break
+                    yield data
+            if left: raise DataError(f"{file.path} changed while it was sent: send it again.")
     return len(line) + sum(file.size for file in files), all_of_it()
 
 def _listed(body, size):

@@ -123,7 +123,9 @@ def search(
     device="cpu",    # where the products are made
     n_threads=None,  # threads to use; all by default
 ):                   # (N, n_best, L) int32 codes, best first, and (N, n_best) float64 costs
-    "The best codes of every row by beam search; costs are squared distances, with prices if there are any."
+    """The best codes of every row by beam search; costs are squared distances, with prices if there are any.
+
+    ConfigError for an n_best above beam_size; ShapeMismatchError for rows of another width."""
     n_codes = np.prod([float(len(c)) for c in books.levels])
     beam_size, n_best = operator.index(beam_size), operator.index(n_best)
     if not 1 <= n_best <= min(beam_size, n_codes):
@@ -155,7 +157,7 @@ def encode_rows(
     n_threads=None,            # threads to use; all by default
     progress=None,             # what a progress bar is called; none by default
 ):                             # (N, L) int32; with alternatives (N, m, L) int32 and (N, m) float64
-    "Codes of the rows of X."
+    "Codes of the rows of X; ConfigError for more alternatives than beam_size, or a batch_size below 1."
     step = 65536 if batch_size is None else batch_size
     n, L, m = len(X), len(books.levels), 1 if return_alternatives is None else return_alternatives
     check_whole(1, batch_size=step, beam_size=beam_size, return_alternatives=m)

@@ -17,7 +17,9 @@ from ..config import DataError, ShapeMismatchError
 def as_codes(
     codes,  # codes, (N, L) integers
 ):          # (N, L), of the type that it has
-    "`codes` as an (N, L) integer array."
+    """`codes` as an (N, L) integer array.
+
+    ShapeMismatchError for another shape or no row, DataError if they are no integers."""
     codes = np.asarray(codes)
     if codes.ndim != 2 or 0 in codes.shape:
         raise ShapeMismatchError(f"Codes must be an (N, L) array with N, L >= 1, got shape {codes.shape}.")
@@ -29,7 +31,9 @@ def as_vectors(
     x,         # vectors, (N, D) numbers
     name="X",  # what errors call it
 ):             # (N, D) float32 or float64
-    "`x` as a contiguous (N, D) array of finite float32 or float64."
+    """`x` as a contiguous (N, D) array of finite float32 or float64.
+
+    ShapeMismatchError for another shape, DataError for NaN."""
     x = np.asarray(x)
     if x.ndim != 2 or 0 in x.shape:
         raise ShapeMismatchError(f"{name} must be an (N, D) array with N, D >= 1, got shape {x.shape}.")
@@ -43,7 +47,9 @@ def as_pair(
     x,      # vectors, (N, D) numbers
     codes,  # their codes, (N, L) integers
 ):          # both, as `as_vectors` and `as_codes` return them
-    "Vectors and codes of the same items."
+    """Vectors and codes of the same items.
+
+    ShapeMismatchError if there are more of one, and the errors of `as_vectors` and `as_codes`."""
     x, codes = as_vectors(x), as_codes(codes)
     if len(x) != len(codes):
         raise ShapeMismatchError(f"X has {len(x)} rows and codes have {len(codes)}: give one code a vector.")
@@ -65,8 +71,8 @@ def prefix_keys(
 
 def bucket_sizes(
     codes,  # codes, (N, L) integers
-):          # L arrays of counts, which add up to N
-    "For each prefix length, how many items hold each prefix that occurs."
+):          # L arrays (prefixes,) of counts, which add up to N
+    "For each prefix length, how many items hold each prefix that occurs; the errors of `as_codes`."
     return [np.unique(key, return_counts=True)[1] for key in prefix_keys(as_codes(codes))]
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #feb96d01
@@ -105,7 +111,9 @@ def largest_bucket(
 def collisions_per_level(
     codes,                    # codes, (N, L) integers
 ) -> dict[str, list]:         # of each definition, L numbers, for prefixes of length 1..L
-    "Every definition of collisions at each prefix length: shares in 0..1, and two counts."
+    """Every definition of collisions at each prefix length: shares in 0..1, and two counts.
+
+    ShapeMismatchError and DataError as of `as_codes`."""
     codes = as_codes(codes)
     every, n = bucket_sizes(codes), len(codes)
     shared = [share_in_collision(sizes) for sizes in every]
@@ -145,7 +153,9 @@ def fitting_sizes(
     n_clusters,  # codebook size, one or one a level; the largest code + 1 when None
     codes,       # codes, an (N, L) integer array
 ):               # L sizes
-    "Codebook size of each level, large enough for its codes."
+    """Codebook size of each level, large enough for its codes.
+
+    DataError if one is too small, ShapeMismatchError for another number of sizes."""
     sizes = _sizes_of(n_clusters, codes)
     for level, (size, low, high) in enumerate(zip(sizes, codes.min(axis=0), codes.max(axis=0))):
         if low < 0 or high >= size:
@@ -156,7 +166,9 @@ def code_utilization_per_level(
     codes,                # codes, (N, L) integers
     n_clusters=None,      # codebook size, one or one a level; the largest code + 1 when None
 ) -> list[float]:         # L shares in 0..1
-    "Share of each level's codebook that is in use."
+    """Share of each level's codebook that is in use.
+
+    DataError for codes beyond their codebook, or that are no integers."""
     codes = as_codes(codes)
     sizes = fitting_sizes(n_clusters, codes)
     return [len(np.unique(column)) / size for column, size in zip(codes.T, sizes)]
@@ -165,7 +177,7 @@ def code_utilization_per_level(
 def code_entropy_per_level(
     codes,            # codes, (N, L) integers
 ) -> list[float]:     # L entropies in nats, 0..ln(K)
-    "Shannon entropy of the codes at each level, in nats."
+    "Shannon entropy of the codes at each level, in nats; DataError if they are no integers."
     counts = [np.unique(column, return_counts=True)[1] / len(column) for column in as_codes(codes).T]
     return [max(0.0, -float(p @ np.log(p))) for p in counts]
 
@@ -179,7 +191,7 @@ def perplexity_per_level(
 def top_share_per_level(
     codes,            # codes, (N, L) integers
 ) -> list[float]:     # L shares in 0..1
-    "Share of items on the most used code of each level."
+    "Share of items on the most used code of each level; DataError if codes are no integers."
     codes = as_codes(codes)
     return [int(np.unique(column, return_counts=True)[1].max()) / len(codes) for column in codes.T]
 
@@ -187,7 +199,9 @@ def counts_per_level(
     codes,                # codes, (N, L) integers
     n_clusters=None,      # codebook size, one or one a level; the largest code + 1 when None
 ) -> list[np.ndarray]:    # of each level, (K,) items on each code, dead codes included
-    "How many items are on each code of each level."
+    """How many items are on each code of each level.
+
+    DataError for codes beyond their codebook, or a codebook of over 2**26."""
     codes = as_codes(codes)
     sizes = fitting_sizes(n_clusters, codes)
     if max(sizes) > 2**26: raise DataError(f"A codebook of {max(sizes):,} codes: number them from 0 first.")
@@ -197,7 +211,7 @@ def gini_per_level(
     codes,                # codes, (N, L) integers
     n_clusters=None,      # codebook size, one or one a level; the largest code + 1 when None
 ) -> list[float]:         # 0 (all codes used equally often) up to almost 1
-    "Gini coefficient of each level's codebook, dead codes included."
+    "Gini coefficient of each level's codebook, dead codes included; the errors of `counts_per_level`."
     return [gini_of(counts) for counts in counts_per_level(codes, n_clusters)]
 
 # %% ../../nbs/semantic_ids/03_collisions.ipynb #87ffc215
@@ -212,8 +226,10 @@ def code_entropy(
 def entropy_ratios(
     codes,                # codes, (N, L) integers
     n_clusters=None,      # codebook size, one or one a level; the largest code + 1 when None
-) -> dict[str, float | None]:  # None where the most there could be is 0: one item, or codebooks of one code
-    "Entropy of the whole codes over its most: of the codebooks' capacity, and of N items."
+) -> dict[str, float | None]:  # entropy, in nats; of_capacity and of_items: shares, None where the most is 0
+    """Entropy of the whole codes over its most: of the codebooks' capacity, and of N items.
+
+    ShapeMismatchError for sizes of another number of levels."""
     entropy, codes = code_entropy(codes), as_codes(codes)
     most = float(np.log(_sizes_of(n_clusters, codes)).sum()), float(np.log(len(codes)))
     ratios = [entropy / top if top > 0 else None for top in most]

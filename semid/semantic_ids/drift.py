@@ -294,7 +294,7 @@ def _moved(ids, codes, renamed, agree, unique, names, sizes, encoders, vectors, 
     level = np.where(stays, (a != b)[rows].argmax(axis=1), (~agree[rows]).argmax(axis=1)) + 1.0
     level[stays & ~other_code[rows]] = np.nan
     left = np.flatnonzero(~stays)
-    found = _why(rows[left], codes, renamed, names, sizes, encoders, vectors, tolerance)
+    found = _why(rows[left], names, sizes, encoders, vectors, tolerance)
     reason[left] = found["reason"]
     columns = {"id": ids.take(rows), "reason": pa.array(reason.tolist(), pa.string()),
                "level": pa.array(level, from_pandas=True).cast(pa.int32()),
@@ -309,7 +309,7 @@ def _moved(ids, codes, renamed, agree, unique, names, sizes, encoders, vectors, 
     return pa.table(columns)
 
 # %% ../../nbs/semantic_ids/22_drift.ipynb #0f9a757e
-def _why(rows, codes, renamed, names, sizes, encoders, vectors, tolerance):
+def _why(rows, names, sizes, encoders, vectors, tolerance):
     "Reason, shift of the vector and margins of items that left their path."
     nothing = np.full(len(rows), np.nan)
     found = {"reason": np.full(len(rows), "unknown", dtype=object), "vector_shift": nothing,

@@ -48,7 +48,7 @@ def ids_table(
 def read_ids(
     path,          # an ids.parquet
 ) -> pa.Table:     # id, codes, semantic_id, unique_id
-    "The table of IDs in a file."
+    "The table of IDs in a file; DataError if it can't be read, or lacks a column."
     try: table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as e:
         raise DataError(f"{path} can't be read as a table of IDs: {e}") from None
@@ -59,7 +59,7 @@ def read_ids(
 def codes_of(
     table,           # as `read_ids` gives it
 ) -> np.ndarray:     # (N, L) int32
-    "The codes of a table of IDs as an array."
+    "The codes of a table of IDs as an array; ShapeMismatchError if they differ in length."
     lists = table["codes"].combine_chunks()
     lengths = np.diff(lists.offsets.to_numpy())
     if len(set(lengths.tolist())) > 1: raise ShapeMismatchError("The codes of these IDs differ in length.")
@@ -94,7 +94,9 @@ def encode_features(
     progress=False,    # show a bar
     parameters=None,   # settings to keep in the manifest
 ) -> dict[str, Any]:   # the manifest
-    "Stream features through a model into a file of unique semantic IDs."
+    """Stream features through a model into a file of unique semantic IDs.
+
+    ConfigError if the output is a file that is read; DataError for features that can't be read."""
     if not hasattr(features, "batches"): features = open_features(features)
     check_apart(output, getattr(features, "files", ()))
     resolver, fingerprint = UniqueIdResolver(store, suffix="number"), Fingerprint()

@@ -179,7 +179,7 @@ class SemanticIdEngine:
         *,
         device=None,  # where to compute; the encoder's own choice when None
     ) -> "SemanticIdEngine":
-        "Fit the encoder."
+        "Fit the encoder; DataError for NaN, ShapeMismatchError for too few rows."
         self.encoder.fit(X, **_given(device=device))
         return self
 
@@ -194,7 +194,9 @@ class SemanticIdEngine:
         formatter: Callable[[np.ndarray], str] | None = None,  # one row of codes (L,) -> its semantic ID
         item_ids=None,            # N strings or integers: suffixes, and an item that comes again keeps its ID
     ) -> list[str]:               # N unique IDs
-        "Encode, write as text, and resolve collisions. All N IDs are taken, or none."
+        """Encode, write as text, and resolve collisions. All N IDs are taken, or none.
+
+        DataError and ShapeMismatchError for item IDs or vectors that don't fit."""
         if item_ids is not None: item_ids = check_item_ids(item_ids, len(X))
         codes = self.encoder.encode(X, **_given(device=device, batch_size=batch_size))
         to_ids = getattr(self.encoder, "semantic_id", codes_to_ids)
@@ -209,7 +211,9 @@ class SemanticIdEngine:
         self,
         path,  # a folder of its own; an engine that is there is replaced
     ):
-        "Write encoder and store as one: a killed save leaves the former engine or this one."
+        """Write encoder and store as one: a killed save leaves the former engine or this one.
+
+        DataError if the folder holds something else."""
         path = Path(path).resolve()
         _recover(path)
         _check_replaceable(path)

@@ -20,7 +20,9 @@ from ..config import ConfigError, DataError, ShapeMismatchError
 def check_codes(
     codes,  # (N, L) integers from 0; may be empty
 ):          # (N, L), of the type that it has
-    "`codes` as an integer (N, L) array."
+    """`codes` as an integer (N, L) array.
+
+    ShapeMismatchError for another shape, DataError for fractions or numbers below 0."""
     codes = np.asarray(codes)
     if codes.size == 0 and codes.shape[0] == 0: return np.empty((0, codes.shape[-1] or 1), np.int32)
     if codes.ndim != 2 or not codes.shape[1]:
@@ -42,7 +44,7 @@ def token_vocabulary(
     n_clusters: int | Iterable[int],  # codes a level: a list, such as `RQKMeans.n_clusters`, or one number
     n_levels: int | None = None,      # number of levels, where `n_clusters` is one number
 ) -> list[str]:                       # each token once, level by level
-    "All tokens that `fmt=\"token\"` can write: what to add to a tokenizer before training on the IDs."
+    "All tokens that `fmt=\"token\"` can write: what to add to a tokenizer; ConfigError without n_levels."
     if isinstance(n_clusters, (int, np.integer)):
         if n_levels is None: raise ConfigError("Give n_levels=... or one n_clusters a level.")
         n_clusters = [int(n_clusters)] * n_levels

@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'Point', 'grid_points', 'Kind', 'code_fingerprint', 'array_
 # %% ../../nbs/semantic_ids/25_grid.ipynb #b72b5551
 import ast, hashlib, json, re, shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec, resolve_name
 from itertools import product
@@ -54,7 +54,9 @@ def grid_points(
     slack: Sequence[float] = (0.0,),              # of "constrained" only
     seed: Sequence[int] = (0,),
 ) -> list[Point]:
-    "The points of a grid, in a fixed order."
+    """The points of a grid, in a fixed order.
+
+    ConfigError for an unknown implementation, an empty grid, or a point that is there twice."""
     slacks = lambda name: map(float, slack) if name == "constrained" else [None]
     names = map(_known, implementation)
     points = [Point(name, int(K), share, int(s)) for name, K in product(names, n_clusters)
@@ -80,19 +82,12 @@ def _fit_rq_kmeans(point, X, settings, device, n_threads):
                      **settings["options"])
     return model.fit(X, device=device)
 
-@contextmanager
-def _one_torch_thread():
-    import torch
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 def _fit_rq_vae(point, X, settings, device, n_threads):
     "RQ-VAE, from scratch or, as RQ-KMeans+, from codebooks of RQ-KMeans."
     from semid.semantic_ids.rq_vae import RQVAE
+    from semid.training import one_thread
     given = dict(random_state=point.seed, device=device, **settings["rq_vae"])
-    with _one_torch_thread():
+    with one_thread():
         if point.implementation == "rq_vae":
             sizes = [point.n_clusters] * settings["n_levels"]
             return RQVAE(X.shape[1], sizes, metric=settings["metric"], **given).fit(X)
@@ -296,7 +291,10 @@ def run_grid(
     rq_vae=None,       # arguments of RQVAE, for "rq_vae" and "rq_kmeans_plus": {"epochs": …, "layers": …}
     **options,         # more arguments of RQKMeans: max_iter, tol, n_init, …
 ) -> GridRun:
-    "Fit and measure what is missing of a grid, and keep every point as soon as it is done."
+    """Fit and measure what is missing of a grid, and keep every point as soon as it is done.
+
+    ShapeMismatchError if X is no matrix; ConfigError if another run is at work in the folder, or several
+    workers are to share a GPU."""
     folder, X = Path(folder).resolve(), as_matrix(X)
     unseen = None if X_heldout is None else as_matrix(X_heldout)
     where = _device(device, n_workers)
@@ -340,5 +338,7 @@ def comparable(
     X,       # (N, D) vectors
     metric,  # "l2" or "cosine"
 ):           # (N, D)
-    "The vectors that codes are compared with: X, or its rows at length 1 for cosine."
+    """The vectors that codes are compared with: X, or its rows at length 1 for cosine.
+
+    DataError for a zero row where metric is cosine."""
     return normalise_rows(X) if metric == "cosine" else np.asarray(X)

@@ -64,7 +64,7 @@ class Version:
         statement = select(VERSIONS.c.n_items).where(VERSIONS.c.version == self.key)
         return connection.execute(statement.with_for_update() if lock else statement).scalar_one()
     def own_model(self):
-        "The model that this version is of. Raises where it isn't at hand, or was changed."
+        "The model that this version is of; ConfigError where it isn't at hand, DataError if it was changed."
         if not self.fingerprint:
             raise ConfigError(f"Version {self.name!r} was adopted without a model: it grows by adopt() or "
                               "import_index(), and new vectors need a version of their own.")
@@ -78,7 +78,9 @@ class Version:
 def item_names(
     items,  # N strings or integers
 ) -> pa.LargeStringArray:
-    "Item ids as arrow strings, each fit for a database."
+    """Item ids as arrow strings, each fit for a database.
+
+    DataError for one that is empty, null, too long, or holds NUL."""
     if isinstance(items, (str, bytes)): raise DataError(f"items is a list, got one string: use [{items!r}].")
     names = as_texts(items if hasattr(items, "__len__") else list(items))
     if names.null_count: raise DataError(f"The item id in row {names.is_null().index(True).as_py()} is null.")
@@ -92,7 +94,7 @@ def item_names(
 def refuse_repeats(
     names,  # (N,) arrow strings
 ):
-    "An id that is there twice is an error."
+    "DataError if an id is there twice."
     found = names.dictionary_encode()
     if len(found.dictionary) == len(names): return
     places = found.indices.to_numpy()
@@ -162,7 +164,7 @@ def id_prefix(
     version,
     prefix,        # text, or codes
 ) -> list[int]:
-    "The codes of a prefix."
+    "The codes of a prefix; DataError if it is none, or is too long."
     if isinstance(prefix, str) and prefix:
         prefix = ids_to_codes([prefix], sep=version.sep, fmt=version.fmt)[0]
     codes = np.array(list(prefix) if np.iterable(prefix) else [prefix])
@@ -227,7 +229,7 @@ def check_fit(
     version,
     codes,    # (N, L) integers from 0
 ):
-    "Refuse codes that are not of this version's codebook."
+    "ShapeMismatchError for another number of levels, DataError for codes beyond the codebook."
     if codes.shape[1] != version.n_levels:
         raise ShapeMismatchError(f"Codes of {codes.shape[1]} levels, for IDs of {version.n_levels}.")
     for level, (k, most) in enumerate(zip(version.n_clusters, codes.max(axis=0, initial=0).tolist())):
@@ -331,7 +333,8 @@ def publish(
     progress=False,  # show a bar, for more than 65,536 items
     attempts=8,
 ):                   # (N,) packed codes, (N,) slots
-    "Publish a batch, all of it or nothing; what others published meanwhile stands."
+    """Publish a batch, all of it or nothing; SemidError if others keep writing the same IDs, DataError for
+    codes that don't fit."""
     check_fit(version, batch.codes)
     _refuse_padded(version, batch.names)
     for attempt in range(attempts):

@@ -60,7 +60,10 @@ class IdVersion(Version):
         batch_size=65536,  # rows encoded at a time
         progress=True,     # show bars, for more than 65,536 items
     ) -> list[str]:        # N IDs
-        "The IDs of items: known ones keep theirs, whatever X is now; new ones get free ones. All, or none."
+        """The IDs of items: known ones keep theirs, whatever X is now; new ones get free ones. All, or none.
+
+        DataError for ids that are empty or there twice, or a changed model; ShapeMismatchError if X has
+        another number of rows; ConfigError without a model."""
         names = item_names(items)
         if not hasattr(X, "__len__") or len(X) != len(names):
             raise ShapeMismatchError(f"X must have a vector for each of the {len(names)} items: one each.")
@@ -76,7 +79,7 @@ class IdVersion(Version):
         self,
         features,           # a `Features`
         batch_size=262144,  # rows in each transaction
-        **options,          # as in `assign`
+        **options,          # as in `assign`, whose errors may come
     ) -> int:               # rows that were read
         "Assign IDs to files of vectors, a transaction a batch: run again, it goes on where it stopped."
         return sum(len(self.assign(ids, X, **options)) for ids, X in features.batches(batch_size))
@@ -94,7 +97,7 @@ class IdVersion(Version):
         self,
         items,        # N strings or integers
     ) -> list[Any]:   # N strings, None for an item that has no ID
-        "The IDs of items."
+        "The IDs of items; DataError for item ids that are empty, null or too long."
         names = item_names(items)
         with self.database.transaction() as connection: packed, slots = find(self, connection, names)
         known, ids = np.flatnonzero(~is_none(packed)), np.full(len(names), None, object)
@@ -128,7 +131,9 @@ class IdVersion(Version):
         prefix="",    # "12-5" or its codes (12, 5); all items when empty
         limit: int | None = None,  # the first so many; all when None
     ) -> list[str]:
-        "The items whose codes begin with `prefix`, in the order of their codes."
+        """The items whose codes begin with `prefix`, in the order of their codes.
+
+        DataError if the prefix is none."""
         codes, widths = id_prefix(self, prefix), digit_widths(self.n_clusters)
         if any(code >= k for code, k in zip(codes, self.n_clusters)): return []
         head = "".join(f"{c:0{w}}" for c, w in zip(codes, widths))
@@ -220,7 +225,7 @@ class IdRegistry:
 
     @property
     def current(self) -> IdVersion:
-        "The version that was added last."
+        "The version that was added last; ConfigError if there is none yet."
         last = select(VERSIONS).order_by(VERSIONS.c.version.desc()).limit(1)
         for version in self._versions(last): return version
         raise ConfigError("The registry has no version yet: begin with registry.add_version('v1', model).")
@@ -235,7 +240,10 @@ class IdRegistry:
         sep=None,         # between the codes of an ID and before a suffix: "-"
         fmt=None,         # "plain" or "token", see `codes_to_ids`: "plain"
     ) -> IdVersion:
-        "A new version for this model, or the one of this name, if it is of the same model and settings."
+        """A new version for this model, or the one of this name, if it is of the same model and settings.
+
+        DataError if the version is of another model; ConfigError for other settings, or a model that can't
+        encode."""
         _check_model(model, collisions)
         settings = dict(collisions=collisions, sep=sep, fmt=fmt)
         version = self._add(name, model.fingerprint(), [int(k) for k in model.n_clusters], settings)
@@ -294,7 +302,7 @@ class IdRegistry:
         X,           # (N, D) vectors
         **options,   # of `IdVersion.assign`: device, batch_size, progress
     ) -> list[str]:  # N IDs
-        "`assign` of the current version."
+        "`assign` of the current version; ConfigError if there is none."
         return self.current.assign(items, X, **options)
     def get(
         self,

@@ -137,7 +137,9 @@ def import_index(
     sep="-",              # between an ID and its suffix
     fmt="token",          # how the version spells its IDs
 ) -> IdVersion:
-    "Publish the IDs of an index.json, as they are. Importing the same file again changes nothing."
+    """Publish the IDs of an index.json, as they are. Importing the same file again changes nothing.
+
+    DataError if the file is no such index, or what is published says otherwise."""
     index = read_index(path, n_levels)
     bare = collisions is None and name not in registry.versions and (index.slots < 0).all()
     if bare and len(np.unique(index.codes, axis=0)) < len(index.codes): collisions = "share"

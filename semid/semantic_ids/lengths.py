@@ -15,7 +15,7 @@ from ..config import DataError
 from .collisions import as_codes, gini_of, as_pair, prefix_keys
 from .collisions import code_entropy_per_level, code_utilization_per_level
 from .metrics import as_seen, codebook_sizes, check_neighbours
-from .neighbours import nearest_neighbours
+from .neighbours import nearest_neighbours, scores_at
 from .rq_kmeans import RQKMeans
 
 # %% ../../nbs/semantic_ids/24_lengths.ipynb #01499555
@@ -39,26 +39,14 @@ def _usages(codes, buckets, n_clusters) -> list[dict[str, Any]]:
 # %% ../../nbs/semantic_ids/24_lengths.ipynb #be962ce6
 def _common(a, b): return np.logical_and.accumulate(a == b, axis=1).sum(axis=1)
 
-def _scores_at(near, common, same):
-    "Mean recall and NDCG, given levels in common with relevant items and counts of items a prefix."
-    n_queries, length = len(same), same.shape[1] - 1
-    sizes = np.diff(same[:, ::-1], axis=1, prepend=1)
-    row = np.repeat(np.arange(n_queries), np.diff(near.offsets))
-    cell = row * (length + 1) + length - np.minimum(common, length)
-    covers = (sizes.cumsum(axis=1)[:, None, :] <= np.arange(near.k)[:, None]).sum(axis=2)
-    totals = [np.bincount(cell, weights, sizes.size).reshape(sizes.shape) for weights in (None, near.gain)]
-    hit, gain = [np.take_along_axis(total / np.maximum(sizes, 1), covers, axis=1) for total in totals]
-    discount = 1 / np.log2(np.arange(2, near.k + 2))
-    best = near.gain[near.offsets[:-1, None] + np.arange(near.k)]
-    return float(hit.mean()), float(((gain * discount).sum(axis=1) / (best * discount).sum(axis=1)).mean())
-
 def _retrievals(near, codes, keys, buckets):
     "Recall and NDCG for each length."
     held = [counts[np.searchsorted(prefixes, key[near.queries])]
             for key, (prefixes, counts) in zip(keys, buckets, strict=True)]
     same = np.stack([np.full(len(near.queries), len(codes)), *held], axis=1)
     common = _common(codes[np.repeat(near.queries, np.diff(near.offsets))], codes[near.items])
-    return [_scores_at(near, common, same[:, :length + 1]) for length in range(1, codes.shape[1] + 1)]
+    sizes = [np.diff(same[:, length::-1], axis=1, prepend=1) for length in range(1, same.shape[1])]
+    return [scores_at(near, of, length - np.minimum(common, length)) for length, of in enumerate(sizes, 1)]
 
 # %% ../../nbs/semantic_ids/24_lengths.ipynb #90d259b8
 def _correlations(x, codes, n_pairs, seed):
@@ -141,7 +129,7 @@ def evaluate_lengths(
     neighbours=None,      # what `nearest_neighbours(X, k)` gave, to search once for many models
     device="cpu",         # where held-out vectors are encoded
 ) -> list[dict[str, Any]]:  # L reports, for lengths 1..L
-    "What `evaluate` reports, for every length of the codes."
+    "What `evaluate` reports, for every length of the codes. DataError and ShapeMismatchError as there."
     x, codes = as_pair(as_seen(X, model), codes)
     keys = list(prefix_keys(codes))
     buckets = _counted(keys)

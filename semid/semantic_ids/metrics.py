@@ -42,7 +42,9 @@ def distance_correlation(
     seed: int = 42,                # decides which pairs
     metric: str = "hierarchical",  # distance of codes, or "hamming"
 ) -> float:                        # -1..1, nan where all distances of one kind are equal
-    "Spearman's rank correlation of Euclidean distances with code distances."
+    """Spearman's rank correlation of Euclidean distances with code distances.
+
+    ConfigError for an unknown metric."""
     from scipy.stats import spearmanr
     x, codes = as_pair(X, codes)
     random = np.random.RandomState(seed)
@@ -68,7 +70,9 @@ def relative_mse(
     X,          # vectors, (N, D)
     X_hat,      # their reconstructions, (N, D)
 ) -> float:     # 0 for perfect; 1 is what all zeros would score
-    "sum ||x - x_hat||^2 / sum ||x||^2."
+    """sum ||x - x_hat||^2 / sum ||x||^2.
+
+    DataError if X is all zeros; ShapeMismatchError for another shape of X_hat."""
     error, total = _squared_sums(X, X_hat)
     if total == 0: raise DataError("X is all zeros: there is nothing for an error to be relative to.")
     return error / total
@@ -79,7 +83,7 @@ def as_seen(
     encoder,   # what made the codes, or None: its `metric` counts
     name="X",  # what errors call it
 ):             # (N, D) float32 or float64
-    "`X` as the encoder sees it: unit rows where its metric is cosine."
+    "`X` as the encoder sees it: unit rows where its metric is cosine; DataError for NaN or zero rows."
     x = as_vectors(X, name)
     if getattr(encoder, "metric", None) != "cosine": return x
     length = np.sqrt(squared_lengths(x))
@@ -91,7 +95,9 @@ def reconstruction_errors(
     codes,    # their codes, (N, L) integers
     encoder,  # what made the codes
 ):            # `quantization_mse` and `relative_mse`, or {}
-    "The two errors of the decoded codes; nothing where the encoder can't decode."
+    """The two errors of the decoded codes; nothing where the encoder can't decode.
+
+    ShapeMismatchError if its answer has another shape than x."""
     if not hasattr(encoder, "decode"): return {}
     try: x_hat = np.asarray(encoder.decode(codes))
     except NotImplementedError: return {}  # semantic-id's base encoder raises it where it can't decode
@@ -134,7 +140,7 @@ def check_neighbours(
     n_samples,  # N of the vectors
     k,          # neighbours wanted
 ):              # `near`
-    "`near`, if it was made for `n_samples` vectors and `k`."
+    "`near`, if it was made for `n_samples` vectors and `k`; ShapeMismatchError if not."
     if near.k == k and near.n_samples == n_samples: return near
     made = f"N={near.n_samples}, k={near.k}"
     raise ShapeMismatchError(f"The neighbours are for {made}: these vectors need N={n_samples}, k={k}.")
@@ -157,7 +163,9 @@ def evaluate(
     perplexity_per_level, items_in_collision (share), items_in_collision_per_level, largest_bucket, gini; with
     an encoder that decodes, quantization_mse and relative_mse; with X_heldout, heldout: the like of held-out
     items, and taken_by_training, the share of them whose code a training item has already. With an encoder
-    whose `metric` is "cosine" the vectors are scaled to unit length first."""
+    whose `metric` is "cosine" the vectors are scaled to unit length first.
+    ShapeMismatchError and DataError for vectors, codes or neighbours that don't fit; ConfigError if held-out
+    vectors come without an encoder."""
     x, codes = as_pair(as_seen(X, encoder), codes)
     report = _usage(codes, codebook_sizes(encoder, codes.shape[1]))
     report["collision_rate_per_level"] = collision_rate_per_level(codes)

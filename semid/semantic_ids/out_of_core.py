@@ -113,7 +113,10 @@ def fit_parquet(
     id_column="id",
     feature_column="feature",
 ):                         # the model
-    "The codebooks that `fit` finds in the same vectors in memory: the same for any number of workers."
+    """The codebooks that `fit` finds in the same vectors in memory: the same for any number of workers.
+
+    ConfigError for balanced clusters, or a work_dir with another fit; DataError for sources that can't be
+    used; ShapeMismatchError for fewer vectors than clusters."""
     if getattr(model, "implementation", None) != "kmeans":
         raise ConfigError("fit_parquet fits RQKMeans with implementation='kmeans': balanced clusters and "
                           "RQVAE need all vectors in memory.")
@@ -171,7 +174,9 @@ def encode_parquet(
     fmt="plain",   # "plain" or "token", see `codes_to_ids`
     **options,     # of `map_parquet`: n_workers, max_bad_fraction, address, n_threads, id_column, ...
 ) -> int:          # how many vectors were encoded
-    "Codes and semantic IDs of all vectors: the same files for any number of workers."
+    """Codes and semantic IDs of all vectors: the same files for any number of workers.
+
+    ConfigError for a beam_size below 1, DataError for sources that can't be read."""
     if isinstance(model, str | Path): model = load_encoder(model)
     check_whole(1, beam_size=beam_size)
     about = {"model": describe(model), "beam_size": beam_size, "format": {"sep": sep, "fmt": fmt}}

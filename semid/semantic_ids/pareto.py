@@ -31,7 +31,9 @@ def _mean(values):
 def over_seeds(
     rows,                      # rows of a sweep: dicts or a DataFrame
 ) -> list[dict[str, Any]]:     # a row for each implementation, K, slack and L, with `n_seeds`
-    "Rows that differ only in their seed made into one: means, `collision_rate_worst`, `relative_mse_worst`."
+    """Rows that differ only in their seed made into one: means, `collision_rate_worst`, `relative_mse_worst`.
+
+    DataError if there are none, or a column is missing."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in records_of(rows, "collision_rate", "relative_mse", "bits"):
         groups.setdefault(_setting(row), []).append(row)
@@ -86,7 +88,9 @@ def plot_pareto(
     max_collision_rate=None,  # a limit, to be drawn
     ax=None,                  # where to draw
 ):                            # the figure
-    "Relative MSE against collision rate, coloured by bits, with the Pareto front of all three."
+    """Relative MSE against collision rate, coloured by bits, with the Pareto front of all three.
+
+    DataError if there are no rows."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -160,11 +164,13 @@ def _rank(row): return row["bits"], row["relative_mse"], row["collision_rate"], 
 
 def recommend(
     rows,                      # rows of a sweep: dicts or a DataFrame
-    max_collision_rate=0.05,   # what is acceptable, in every seed
+    max_collision_rate=0.05,   # the share that is acceptable, in every seed
     max_relative_mse=None,     # the same for distortion
     max_bits=None,             # the same for the length
 ) -> Recommendation:
-    "The fewest bits that keep to the limits; if nothing does, what collides least. With reasons."
+    """The fewest bits that keep to the limits; if nothing does, what collides least. With reasons.
+
+    ConfigError if there are no rows."""
     if not len(rows): raise ConfigError("There is no point to choose from: the grid is empty.")
     merged = over_seeds(rows)
     limits = {"collision_rate_worst": max_collision_rate, "relative_mse_worst": max_relative_mse,

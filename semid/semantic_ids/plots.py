@@ -18,7 +18,9 @@ def records_of(
     rows,      # dicts, or a data frame
     *columns,  # names; each row must have one value for each
 ):             # a list of dicts
-    "`rows` as a list of dicts that have all `columns`."
+    """`rows` as a list of dicts that have all `columns`.
+
+    DataError if there are none, or a column is missing or a list."""
     rows = list(rows.to_dict("records") if hasattr(rows, "to_dict") else rows)
     if not rows: raise DataError("There are no rows to draw.")
     for column in columns:
@@ -35,7 +37,7 @@ def new_figure(
     height=4.2,  # likewise
     panels=1,    # how many axes there must be
 ):               # the figure, (panels,) axes
-    "The figure of `ax`, or a new one, and an array of its axes."
+    "The figure of `ax`, or a new one, and an array of its axes; DataError for another number of axes."
     import matplotlib.pyplot as plt
     if ax is None:
         figure, ax = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
@@ -94,7 +96,7 @@ def _collision_curves(data):
             for name, style, own in _series(rows)]
 
 def plot_collisions(
-    data,      # {name: collision rates, as `collision_rate_per_level` gives them}, or the rows of a sweep
+    data,      # {name: L shares, as `collision_rate_per_level` gives them}, or the rows of a sweep
     ax=None,   # where to draw
 ):             # the figure
     "Collision rate against prefix length, one line a model."
@@ -117,7 +119,9 @@ def plot_utilisation(
     n_clusters=None,  # codebook size, one or one a level; the largest code + 1 when None
     ax=None,          # where to draw
 ):                    # the figure
-    "Items on each code, most used first, one line a level, with the level's perplexity."
+    """Items on each code, most used first, one line a level, with the level's perplexity.
+
+    The errors of `counts_per_level`."""
     return plot_counts(counts_per_level(codes, n_clusters), ax)
 
 def plot_counts(
@@ -186,7 +190,9 @@ def plot_sweep_heatmap(
     value="collision_rate",  # the column that is drawn
     ax=None,                 # where to draw: one axes for each implementation
 ):                           # the figure
-    "Heat map of `value` over levels and codebook sizes, one panel an implementation."
+    """Heat map of `value` over levels and codebook sizes, one panel an implementation.
+
+    DataError without rows or values, or for two rows of one point."""
     levels, sizes, grids = _grid(records_of(rows, "implementation", "n_levels", "n_clusters", value), value)
     width, height = 1.6 + len(grids) * max(2.4, .8 * len(sizes)), 1.5 + .55 * len(levels)
     figure, axes = new_figure(ax, width, height, len(grids))
@@ -225,8 +231,8 @@ def plot_collision_kinds(
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #09e7d500
 def plot_perplexity(
-    perplexity,   # of each level
-    n_clusters,   # codebook size of each level
+    perplexity,   # of each level, L numbers from 1
+    n_clusters,   # codebook size of each level, L numbers
     ax=None,      # where to draw
 ):                # the figure
     "Perplexity of each level, before its codebook's size."
@@ -278,7 +284,7 @@ def plot_prefix_cosine(
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #423d2a85
 def plot_retrieval(
-    retrieval,   # k, and `recall` and `ndcg` by prefix length
+    retrieval,   # `k`, and `recall` and `ndcg`: L numbers in 0..1, by prefix length
     ax=None,     # where to draw
 ):               # the figure
     "Recall and NDCG against prefix length."
@@ -317,7 +323,7 @@ def plot_lift(
 
 # %% ../../nbs/semantic_ids/20_plots.ipynb #945e943f
 def plot_errors(
-    errors,   # {name: relative errors by prefix length}
+    errors,   # {name: L relative errors, by prefix length}
     ax=None,  # where to draw
 ):            # the figure
     "Relative error against prefix length, one line a name."
@@ -331,7 +337,7 @@ def plot_errors(
     return figure
 
 def plot_held_out(
-    rows,     # {name: (of training items, of held-out items)}, shares
+    rows,     # {name: (of training items, of held-out items)}, shares in 0..1
     ax=None,  # where to draw
 ):            # the figure
     "Shares of training items and of held-out items, a line for each share."

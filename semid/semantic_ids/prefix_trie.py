@@ -38,7 +38,9 @@ def _levels(rows, first):
 
 # %% ../../nbs/semantic_ids/18_prefix_trie.ipynb #3856727d
 class PrefixTrie:
-    "All prefixes of a set of codes, to be asked what may follow."
+    """All prefixes of a set of codes, to be asked what may follow.
+
+    The errors of `check_codes`, ShapeMismatchError for slots of another number."""
     def __init__(
         self,
         codes,       # (N, L) integers from 0
@@ -69,7 +71,7 @@ class PrefixTrie:
         return f"PrefixTrie({len(self):,} IDs of {self.n_levels} levels, {self.nbytes:,} bytes)"
     @property
     def nbytes(self) -> int:
-        "Memory of the arrays."
+        "Memory of the arrays, in bytes."
         return sum(a.nbytes for a in (*self.tokens, *self.starts, self._ends))
     def _walk(self, prefix):
         "The node that a prefix leads to; None where there is none."
@@ -83,14 +85,14 @@ class PrefixTrie:
     def allowed(
         self,
         prefix=(),   # the first codes of an ID
-    ) -> np.ndarray:  # int32, ascending; empty where nothing can follow
+    ) -> np.ndarray:  # (n,) int32, ascending; empty where nothing can follow
         "The codes that may follow."
         node, level = self._walk(prefix), len(prefix)
         if node is None or level >= len(self.tokens): return np.empty(0, np.int32)
         return self.tokens[level][self.starts[level][node]:self.starts[level][node + 1]]
     def ends(
         self,
-        prefix,  # codes
+        prefix,  # (l,) codes, and after L of them the number of a suffix
     ) -> bool:
         "Is this a whole ID?"
         node = self._walk(prefix)
@@ -99,7 +101,9 @@ class PrefixTrie:
 
 # %% ../../nbs/semantic_ids/18_prefix_trie.ipynb #a8dd9ec2
 class PrefixConstraint:
-    "A `prefix_allowed_tokens_fn`: which token ids may come next."
+    """A `prefix_allowed_tokens_fn`: which token ids may come next.
+
+    ConfigError unless one says where IDs begin, DataError for a token without id."""
     def __init__(
         self,
         trie,              # a `PrefixTrie`
@@ -131,7 +135,7 @@ class PrefixConstraint:
         batch_id,      # which row of the batch; not needed
         input_ids,     # (T,) token ids: the prompt and what was written
     ) -> list[int]:    # token ids
-        "What may come next."
+        "What may come next; DataError if the start_token is not in the input."
         prefix = self._prefix(input_ids)
         if prefix is None: return [self.end_token]
         following = self._ids[min(len(prefix), len(self._ids) - 1)][self.trie.allowed(prefix)].tolist()

@@ -59,8 +59,10 @@ def _weighted(mean, weight):
 def prefix_cosine(
     X,                       # vectors, (N, D)
     codes,                   # their codes, (N, L) integers
-) -> dict[str, Any]:         # `groups`, `items`, `pairs`, `n_groups`, `n_items`: L numbers each; `any_pair`
-    "Mean cosine of items with equal prefixes of length 1..L, weighted in three ways; None where none is."
+) -> dict[str, Any]:         # groups, items, pairs, n_groups, n_items: L each; any_pair, zero_rows
+    """Mean cosine of items with equal prefixes of length 1..L, weighted in three ways; None where none is.
+
+    ShapeMismatchError and DataError as of `as_pair`."""
     x, codes = as_pair(X, codes)
     lengths, rows = np.sqrt(squared_lengths(x)), []
     for key in (np.zeros(len(x), np.int64), *prefix_keys(codes)):
@@ -97,7 +99,7 @@ def preference_discrimination(
     max_groups=4096,     # of more, a sample of so many
     seed=42,             # decides which
 ) -> dict[str, list]:    # `pd`, None where there are not two groups, and `n_groups`: L numbers each
-    "PD of R³-VAE for the groups of each prefix length 1..L: lower is farther apart."
+    "PD of R³-VAE for the groups of each prefix length 1..L: lower is farther apart; the errors of `as_pair`."
     x, codes = as_pair(X, codes)
     values, counts = [], []
     for key in prefix_keys(codes):
@@ -127,7 +129,10 @@ def prefix_purity(
     codes,               # codes, (N, L) integers
     labels,              # a label an item, (N,) texts or numbers, also an Arrow column
 ) -> dict[str, Any]:     # `all` and `shared`: L shares in 0..1 (None where no prefix is shared); `chance`
-    "Share of items with the commonest label of their prefix, at each prefix length."
+    """Share of items with the commonest label of their prefix, at each prefix length.
+
+    ShapeMismatchError unless there is a label for each code; DataError if one is null, or they are of several
+    kinds."""
     codes = as_codes(codes)
     y = _numbered(labels)
     if len(y) != len(codes):
@@ -159,7 +164,9 @@ def consecutive_pairs(
     sequences,            # lists of items, or an Arrow list column
     ids=None,             # ids of the rows, (N,); then the sequences hold ids
 ) -> np.ndarray:          # (M, 2) int64 rows: an item and the next one
-    "Every item of a sequence with the one after it."
+    """Every item of a sequence with the one after it.
+
+    DataError if a sequence is null, or an item is no row number or known id."""
     items, lengths = _flat(sequences)
     rows = prefix_rows(items, ids)
     last = np.zeros(len(rows) + 1, bool)
@@ -171,7 +178,9 @@ def prefix_rows(
     items,  # M row numbers, or ids, of any shape or an Arrow array
     ids,    # ids of the rows, (N,); None: the items are row numbers
 ):          # (M,) int64
-    "Row numbers of items, given as such or by id."
+    """Row numbers of items, given as such or by id.
+
+    DataError if one is null, no whole number, or not among the ids."""
     items = items if isinstance(items, pa.Array) else pa.array(np.asarray(items).ravel())
     if items.null_count: raise DataError(f"{items.null_count} items of the sequences or pairs are null.")
     if ids is not None:
@@ -198,7 +207,10 @@ def co_occurrence_lift(
     pairs,               # items used together, (M, 2) rows of the codes, or ids where `ids` is given
     ids=None,            # ids of the rows, (N,)
 ) -> dict[str, Any]:     # L numbers each, but for the counts; None where a chance is 0
-    "How much oftener items that are used together share a prefix than random pairs do, at each length."
+    """How much oftener items that are used together share a prefix than random pairs do, at each length.
+
+    Keys: n_pairs, n_repeats, together, by_chance, lift, by_popularity, lift_of_popularity. ShapeMismatchError
+    unless pairs are (M, 2); DataError for unknown items, or no pair of two."""
     codes, shape = as_codes(codes), np.shape(pairs)
     if len(shape) != 2 or shape[1] != 2: raise ShapeMismatchError(f"pairs must be (M, 2), got shape {shape}.")
     rows = prefix_rows(pairs, ids).reshape(-1, 2)

@@ -91,7 +91,7 @@ def grouped_by_key(
 
 def counts_by_key(
     keys,  # (N,) integers
-):         # (N,)
+):         # (N,) int64
     "How many rows have the key of a row."
     _, number, count = np.unique(keys, return_inverse=True, return_counts=True)
     return count[number.ravel()]
@@ -249,7 +249,9 @@ def checked_codes(
     sizes,  # codes of each of L levels
     name,   # what errors call them
 ):          # (N, L) int64
-    "Codes as an (N, L) int64 array within the codebooks."
+    """Codes as an (N, L) int64 array within the codebooks.
+
+    ShapeMismatchError for another number of levels, DataError beyond them."""
     codes = check_codes(codes)
     if not len(codes): return np.empty((0, len(sizes)), np.int64)
     if codes.shape[1] != len(sizes):
@@ -265,7 +267,9 @@ def checked_latents(
     codebooks,  # L × (K_l, d)
     prices,     # L × (K_l,) prices of the codes; None: all 0
 ):              # (N, L) int64, (N, d); L × (K_l, d), L × (K_l,)
-    "Codes, vectors (float32, without -0.0), codebooks and prices (float64) that fit together."
+    """Codes, vectors (float32, without -0.0), codebooks and prices (float64) that fit together.
+
+    ShapeMismatchError where they don't; DataError for NaN, or codes beyond their codebook."""
     books = [as_matrix(book, "codebooks").astype(np.float64) for book in codebooks]
     codes = checked_codes(codes, [len(book) for book in books], "codes")
     vectors = as_matrix(latents, "latents", books[0].shape[1]) + np.float32(0)
@@ -282,7 +286,9 @@ def on_device(
     X,       # (N, D) vectors
     device,  # where to compute; the model's own choice when None
 ):           # what the method gives
-    "A method of a model, with a device if one is named: `method(X, device=None)` is what all models need."
+    """A method of a model, with a device if one is named: `method(X, device=None)` is what all models need.
+
+    ConfigError if it takes no device and one is named."""
     if device is None: return method(X)
     known = inspect.signature(method).parameters.values()
     if any(p.name == "device" or p.kind == p.VAR_KEYWORD for p in known): return method(X, device=device)

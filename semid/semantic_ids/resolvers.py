@@ -142,7 +142,9 @@ def _check_texts(write, codes):
 
 # %% ../../nbs/semantic_ids/13_resolvers.ipynb #f917cf14
 class RelocationResolver(_CodeResolver):
-    "IDs of one length, for models with `latents` and `codebooks_`; see `relocate`."
+    """IDs of one length, for models with `latents` and `codebooks_`; see `relocate`.
+
+    ConfigError for an unknown policy, or a capacity below 1."""
     _settings = "policy", "capacity", "random_state"
     def __init__(
         self,
@@ -209,7 +211,9 @@ def _sinkhorn(costs, free, rounds, epsilon):
 
 # %% ../../nbs/semantic_ids/13_resolvers.ipynb #417d8ae3
 class SinkhornResolver(_CodeResolver):
-    "Items in collision share out the free codes of their bucket by a Sinkhorn plan; suffixes for the rest."
+    """Items in collision share out the free codes of their bucket by a Sinkhorn plan; suffixes for the rest.
+
+    ConfigError for a setting out of range."""
     _settings = "max_iterations", "sk_epsilon", "fallback_suffix"
     def __init__(
         self,

@@ -19,6 +19,7 @@ from ..clustering.nearest import Codebooks
 from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, ModelFormatError, NotFittedError, ShapeMismatchError
 from ..config import atomic_path
+from ..networks import check_room
 from .coding import (
     check_kind, encode_rows, reconstruction_error, remove_other, sum_of_codes)
 from .formatting import codes_to_ids
@@ -51,7 +52,11 @@ def _constrained_centroids(
 
 # %% ../../nbs/semantic_ids/02_rq_kmeans.ipynb #a779b0ec
 class RQKMeans:
-    "Residual quantisation with k-means: `fit`, `encode` to (N, L) codes, `decode`, `semantic_id`."
+    """Residual quantisation with k-means: `fit`, `encode` to (N, L) codes, `decode`, `semantic_id`.
+
+    Fitted: `codebooks_`, L of (K_l, D) float32; `D_`; and of balanced clusters `prices_`, L of (K_l,)
+    float64, and `codes_`, (N, L). ConfigError for a setting out of range, ShapeMismatchError for an
+    n_clusters of another length than n_levels."""
     def __init__(
         self,
         n_levels=4,               # L, numbers in a code
@@ -104,7 +109,9 @@ class RQKMeans:
         *,
         device="cpu",   # where assignments are screened: "cpu", "cuda", "mps", "auto"
     ) -> "RQKMeans":
-        "Learn one codebook a level, each on what the levels before left."
+        """Learn one codebook a level, each on what the levels before left.
+
+        ShapeMismatchError for fewer rows than clusters, DataError for NaN."""
         residual, largest = _rows_of(X, self.metric).copy(), max(self.n_clusters)
         balanced = self.implementation == "constrained"
         check_finite(residual)
@@ -163,13 +170,15 @@ class RQKMeans:
         work_dir=None,  # room for three times the vectors; a fit that was killed goes on there
         **options,      # of `out_of_core.fit_parquet`: n_workers, max_bad_fraction, address, n_threads, ...
     ) -> "RQKMeans":
-        "`fit` for more vectors than memory holds: the same codebooks."
+        """`fit` for more vectors than memory holds: the same codebooks.
+
+        Its errors as of `out_of_core.fit_parquet`."""
         from semid.semantic_ids.out_of_core import fit_parquet
         return fit_parquet(self, data_urls, work_dir, **options)
 
     @property
     def dim(self) -> int:
-        "D of the vectors."
+        "D of the vectors; NotFittedError before `fit`."
         self._fitted()
         return self.codebooks_[0].shape[1]
 
@@ -179,7 +188,9 @@ class RQKMeans:
         first=0,       # number of the first row in errors
         device=None,   # as for RQVAE; nothing is computed that would need one
     ) -> np.ndarray:   # (N, D) float32
-        "What the codebooks quantise: the rows of X, of length 1 for cosine."
+        """What the codebooks quantise: the rows of X, of length 1 for cosine.
+
+        NotFittedError before `fit`; ShapeMismatchError for another D."""
         self._fitted()
         return _rows_of(self._checked(X), self.metric, first)
 
@@ -197,7 +208,9 @@ class RQKMeans:
         beam_size=1,      # prefixes that are followed at each level: 1 is greedy, more come nearer
         return_alternatives=None,  # m: the m best codes and their costs instead, at most `beam_size`
     ) -> Any:             # (N, L) int32; with alternatives (N, m, L) int32 and their (N, m) squared distances
-        "Codes of the rows of X: per level, the centroid nearest to what is left, prices added if it has any."
+        """Codes of the rows of X: per level, the centroid nearest to what is left, plus any price.
+
+        NotFittedError before `fit`; ShapeMismatchError for another D, DataError for NaN."""
         books = self._books()
         return encode_rows(
             self._checked(X), books, self.latents, beam_size=beam_size,
@@ -219,7 +232,9 @@ class RQKMeans:
         self,
         codes,         # (N, l) integers, l ≤ L: a prefix decodes to a coarser vector
     ) -> np.ndarray:   # (N, D) float32
-        "The vectors that the codes stand for: the sum of their centroids."
+        """The vectors that the codes stand for: the sum of their centroids.
+
+        NotFittedError before `fit`; DataError for codes beyond a codebook."""
         self._fitted()
         return sum_of_codes(codes, self.codebooks_)
 
@@ -241,7 +256,9 @@ class RQKMeans:
         self,
         n_levels,      # how many of the levels to keep
     ) -> "RQKMeans":
-        "The model of the first levels: what a fit with fewer levels would have given."
+        """The model of the first levels: what a fit with fewer levels would have given.
+
+        ConfigError for more levels than it has."""
         self._fitted()
         if not 1 <= n_levels <= self.n_levels: raise ConfigError(f"n_levels must lie in 1..{self.n_levels}.")
         keys = "metric implementation max_iter tol random_state verbose n_init backend n_threads slack solver"
@@ -264,7 +281,9 @@ class RQKMeans:
         return self._prepared[1]
 
     def fingerprint(self) -> str:
-        "sha256 of codebooks and prices, as hex: two models with the same one give the same codes."
+        """sha256 of codebooks and prices, as hex: two models with the same one give the same codes.
+
+        NotFittedError before `fit`."""
         self._fitted()
         digest = hashlib.sha256(self.metric.encode())
         for c in self.codebooks_:
@@ -277,7 +296,9 @@ class RQKMeans:
         self,
         path,  # the folder to write
     ):
-        "Write codebooks.npz and metadata.json to the folder `path`; an RQVAE that was there is replaced."
+        """Write codebooks.npz and metadata.json to the folder `path`; an RQVAE that was there is replaced.
+
+        NotFittedError before `fit`; ConfigError if something else is in the way."""
         self._fitted()
         _save(self, Path(path))
 
@@ -288,7 +309,7 @@ class RQKMeans:
         *,
         device="cpu",  # accepted for symmetry: codebooks live on the CPU, `encode` takes a device
     ) -> "RQKMeans":
-        "Read a model; what is incomplete, corrupt or pickled is refused."
+        "Read a model; ModelFormatError if it is incomplete, corrupt, pickled or of another type."
         meta, codebooks, prices = _load(Path(path))
         if meta.get("type") != "RQKMeans":
             raise ModelFormatError(f"Invalid model type: {meta.get('type')} in {path}; expected RQKMeans.")
@@ -315,6 +336,7 @@ _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin")
 
 def _save(model, path):
     from semid import __version__
+    check_room(path, "RQKMeans", "RQVAE")
     seed = model.random_state if isinstance(model.random_state, int | np.integer) else None
     meta = {"type": "RQKMeans", **{k: getattr(model, k) for k in _SETTINGS},
             "random_state": None if seed is None else int(seed),

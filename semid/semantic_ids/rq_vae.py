@@ -17,6 +17,7 @@ from ..clustering.nearest import Codebooks
 from ..clustering.rows import as_matrix, check_finite
 from ..config import ConfigError, ModelFormatError, NotFittedError, atomic_path
 from ..config import device as pick_device
+from ..networks import check_room
 from .coding import (
     check_kind, encode_rows, reconstruction_error, remove_other, sum_of_codes)
 from .formatting import codes_to_ids
@@ -48,6 +49,7 @@ def _short(error):
 def _save(model, path):
     from safetensors.torch import save
     from semid import __version__
+    check_room(path, "RQVAE", "RQKMeans")
     meta = {"type": "RQVAE", **{k: getattr(model, k) for k in _ARCHITECTURE + _TRAINING},
             "history": model.history_, "best_epoch": model.best_epoch_, "sha256": model.fingerprint(),
             "semid_version": __version__}
@@ -107,7 +109,10 @@ _TRAINING = ("lr weight_decay batch_size epochs lr_scheduler warmup_epochs lr_st
              "random_state metric best_by patience restart_below").split()
 
 class RQVAE:
-    "Residual quantisation in a learned space: `fit`, `encode` to (N, L) codes, `decode`, `semantic_id`."
+    """Residual quantisation in a learned space: `fit`, `encode` to (N, L) codes, `decode`, `semantic_id`.
+
+    Fitted: `codebooks_`, `mean_` (in_dim,) float32, `scale_`, `best_epoch_`, and `history_`: lists of an
+    epoch's numbers. ConfigError for a setting out of range."""
     def __init__(
         self,
         in_dim=768,               # D of the vectors
@@ -220,7 +225,7 @@ class RQVAE:
         model,      # fitted RQKMeans
         **options,  # more arguments: layers, lr, epochs, …
     ) -> "RQVAE":   # gives the codes nearest in its codebooks; `fit` keeps it unless it finds a better one
-        "RQ-KMeans+: a residual network around the codebooks of RQ-KMeans; prices are not kept."
+        "RQ-KMeans+: a residual network around codebooks, without prices; NotFittedError if there are none."
         model._fitted()
         dim = model.codebooks_[0].shape[1]
         new = cls(dim, model.n_clusters, dim, metric=model.metric, residual=True, **options)
@@ -244,7 +249,10 @@ class RQVAE:
         resume=False,                   # go on from it, if it is there
         log=None,                       # (dict of numbers, epoch) -> None, such as `start_run(...).log`
     ) -> "RQVAE":
-        "Train, and keep the best weights; after an error all is as before. A second call goes on from there."
+        """Train, and keep the best weights; after an error all is as before; a second call goes on.
+
+        ConfigError for a checkpoint that is in the way; DataError or ShapeMismatchError for X that doesn't
+        fit."""
         check_checkpoint(checkpoint, resume)
         X = self._matrix(X)
         check_finite(X)
@@ -279,7 +287,9 @@ class RQVAE:
         first=0,       # number of the first row in errors
         device=None,   # where the encoder runs; the model's own by default
     ) -> np.ndarray:   # (N, e_dim) float32
-        "What the codebooks quantise: the encoder's output, computed in float64 and then rounded."
+        """What the codebooks quantise: the encoder's output, computed in float64 and then rounded.
+
+        NotFittedError before `fit`; ShapeMismatchError for another width, DataError for NaN."""
         self._fitted()
         X = self._matrix(X, first)
         check_finite(X, first=first)
@@ -295,7 +305,7 @@ class RQVAE:
         beam_size=1,      # prefixes that are followed at each level: 1 is greedy, more come nearer
         return_alternatives=None,  # m: the m best codes and their costs instead, at most `beam_size`
     ) -> Any:             # (N, L) int32; with alternatives (N, m, L) int32 and their (N, m) squared distances
-        "Codes of the rows of X: per level, the code nearest to what is left of the latent."
+        "Codes of the rows of X: per level, the nearest to what is left; errors as of `latents`."
         self._fitted()
         where = pick_device(device or self.device)
         if not (isinstance(X, np.ndarray) and X.ndim == 2 and len(X)): X = as_matrix(X, dim=self.in_dim)
@@ -323,7 +333,8 @@ class RQVAE:
         self,
         codes,         # (N, l) integers, l ≤ L: a prefix decodes to a coarser vector
     ) -> np.ndarray:   # (N, in_dim) float32
-        "The vectors that the codes stand for: the decoder's answer to the sum of the codes."
+        """The decoder's answer to the sum of the codes; NotFittedError before `fit`, DataError for other
+        codes."""
         self._fitted()
         latents = sum_of_codes(codes, self.codebooks_)
         rows = _in_float64(self.module.decoder, latents, pick_device(self.device))
@@ -347,7 +358,7 @@ class RQVAE:
         self,
         n_levels,      # how many of the levels to keep
     ) -> "RQVAE":
-        "The model of the first levels; they were trained with the others."
+        "The model of the first levels; they were trained with the others; ConfigError for more than it has."
         self._fitted()
         if not 1 <= n_levels <= self.n_levels: raise ConfigError(f"n_levels must lie in 1..{self.n_levels}.")
         settings = {name: getattr(self, name) for name in _ARCHITECTURE + _TRAINING}
@@ -361,7 +372,7 @@ class RQVAE:
         return model
 
     def fingerprint(self) -> str:
-        "sha256 of everything that codes depend on, as hex."
+        "sha256 of everything that codes depend on, as hex; NotFittedError before `fit`."
         self._fitted()
         digest = hashlib.sha256(f"{self.metric} {self.residual}".encode())
         for name, value in sorted(_tensors(self).items()):
@@ -372,7 +383,7 @@ class RQVAE:
         self,
         path,  # the folder to write
     ):
-        "Write model.safetensors and metadata.json to the folder `path`; an RQKMeans there is replaced."
+        "Write model.safetensors and metadata.json in the place of any RQKMeans; NotFittedError before `fit`."
         self._fitted()
         _save(self, Path(path))
 
@@ -383,5 +394,5 @@ class RQVAE:
         *,
         device="cpu",  # where it shall compute
     ) -> "RQVAE":
-        "Read a model; what is incomplete, corrupt or pickled is refused."
+        "Read a model; ModelFormatError if it is incomplete, corrupt, pickled or of another type."
         return _load(cls, Path(path), device)

@@ -115,7 +115,7 @@ def kmeans_centroids(
     return np.concatenate([rows, near + rng.normal(0, spread, near.shape).astype(np.float32)])
 
 class VectorQuantizer(nn.Module):
-    "A codebook: the nearest code of every vector."
+    "A codebook: the nearest code of every vector; ConfigError for an unknown gradient."
     def __init__(
         self,
         n_e,                 # K, codes
@@ -137,11 +137,6 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
     def get_codebook(self): return self.embedding.weight
-
-    def get_codebook_entry(self, indices, shape=None):
-        "The codes of some indices."
-        codes = self.embedding(indices)
-        return codes if shape is None else codes.view(shape)
 
     def init_emb(self, data):
         "Start from k-means of `data`, (N, D)."
@@ -174,7 +169,7 @@ class VectorQuantizer(nn.Module):
 
 # %% ../../nbs/semantic_ids/07_rq_vae_module.ipynb #6089ffa7
 class ResidualVectorQuantizer(nn.Module):
-    "Codebooks one after the other, each for what is left."
+    "Codebooks one after the other, each for what is left; ConfigError for sk_epsilons of another length."
     vq_layers: Any
     def __init__(
         self,
@@ -232,7 +227,7 @@ class ResidualEncoderWrapper(nn.Module):
     def forward(self, x): return x + self.mlp(x)
 
 class RQVAEModule(nn.Module):
-    "Encoder, residual quantiser and decoder."
+    "Encoder, residual quantiser and decoder; ConfigError if it is residual and in_dim is not e_dim."
     def __init__(
         self,
         in_dim=768,             # D of the vectors
@@ -269,7 +264,7 @@ class RQVAEModule(nn.Module):
         return isinstance(self.encoder, ResidualEncoderWrapper)
 
     def add_identity(self):
-        "Make encoder and decoder start as the identity."
+        "Make encoder and decoder start as the identity; ConfigError if in_dim is not e_dim."
         if self.in_dim != self.e_dim:
             raise ConfigError(f"RQ-KMeans+ needs e_dim to be in_dim: {self.e_dim} is not {self.in_dim}.")
         for name in ("encoder", "decoder"):
@@ -291,7 +286,7 @@ class RQVAEModule(nn.Module):
         return self.rq(self.encoder(xs), use_sk)[2]
 
     def compute_loss(self, out, quant_loss, xs):
-        "The whole loss, and the reconstruction's."
+        "The whole loss, and the reconstruction's; ConfigError for a loss type other than mse and l1."
         if self.loss_type not in ("mse", "l1"):
             raise ConfigError(f"incompatible loss type {self.loss_type!r}: use mse or l1.")
         gap = (F.mse_loss if self.loss_type == "mse" else F.l1_loss)(out, xs)
@@ -322,7 +317,7 @@ def start_from(
     model,      # RQVAEModule
     codebooks,  # of each level, (K_l, D)
 ):
-    "Codebooks into the model, and identities around them."
+    "Codebooks into the model, and identities around them; ConfigError if their shapes are not the model's."
     shapes, wanted = [C.shape for C in codebooks], [(K, model.e_dim) for K in model.num_emb_list]
     if shapes != wanted:
         raise ConfigError(f"The codebooks have the shapes {shapes}, the model needs {wanted}: give it their "
@@ -338,6 +333,8 @@ def apply_rqkmeans_plus_strategy(
     codebook_path,  # codebooks.npz of a saved RQKMeans
     device="cpu",   # where the model shall be
 ):                  # the model
-    "Make the model start as the residual quantiser whose codebooks are in the file."
+    """Make the model start as the residual quantiser whose codebooks are in the file.
+
+    ModelFormatError if the file holds no codebooks; ConfigError if they don't fit the model."""
     start_from(model, read_codebooks(codebook_path))
     return model.to(device)

@@ -94,7 +94,9 @@ def seat(
     costs,         # (n, K) finite costs of each item on each code
     room,          # (K,) how many items a code has room for; n at most in all
 ) -> np.ndarray:   # (n,) the code of each item
-    "The assignment of least total cost with at most `room[k]` items on code k; of equals, the first."
+    """The assignment of least total cost with at most `room[k]` items on code k; of equals, the first.
+
+    ShapeMismatchError unless room has a number a column; ConfigError for too little room."""
     costs, room = np.ascontiguousarray(costs, np.float64), np.asarray(room)
     if costs.ndim != 2 or room.shape != costs.shape[1:]:
         raise ShapeMismatchError(f"room is a number for each column of costs {costs.shape}: {room.shape}.")

@@ -53,7 +53,7 @@ def write_table(
     rows,     # rows of a sweep: dicts or a DataFrame
     folder,   # where sweep.parquet and sweep.csv go
 ):
-    "Write the table of a sweep."
+    "Write the table of a sweep; DataError if it has no rows."
     import pandas as pd
     if not isinstance(rows, list):  # pandas has NaN for what is not there
         rows = [{k: None if np.isscalar(v) and v != v else v for k, v in row.items()}
@@ -66,7 +66,7 @@ def write_table(
 def read_table(
     path,                      # a sweep.parquet
 ) -> list[dict[str, Any]]:     # the rows
-    "The rows of a sweep's table."
+    "The rows of a sweep's table; DataError if the file can't be read."
     try: return pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as e:
         raise DataError(f"{path} can't be read as the table of a sweep: {e}") from None
@@ -76,7 +76,7 @@ def pictures(
     chosen=None,              # the recommended row
     max_collision_rate=None,  # a limit, to be drawn
 ) -> dict[str, Any]:          # name: figure
-    "The pictures of a sweep."
+    "The pictures of a sweep; DataError if there are no rows."
     merged = for_plots(rows)
     figures = {"pareto": plot_pareto(rows, chosen, max_collision_rate), "collisions": plot_collisions(merged),
                "mse_bits": plot_mse_bits(merged), "collision_heatmap": plot_sweep_heatmap(merged)}
@@ -89,7 +89,7 @@ def write_sweep(
     max_collision_rate=0.05,  # what the recommended point must keep to
     **limits,                 # more of `recommend`
 ) -> Recommendation:
-    "Write what a sweep found."
+    "Write what a sweep found; DataError if there are no rows."
     write_table(rows, folder)
     best = recommend(rows, max_collision_rate, **limits)
     for name, figure in pictures(rows, best.point, max_collision_rate).items():
@@ -101,7 +101,9 @@ def load_point(
     folder,   # where `run_grid` kept the points
     row,      # of the table, or recommended
 ):            # the model, with as many levels as the row says
-    "The fitted model of a row of a sweep's table."
+    """The fitted model of a row of a sweep's table.
+
+    ModelFormatError for an unknown implementation or a damaged model."""
     slack = float(row["slack"]) if row["implementation"] == "constrained" else None
     point = Point(row["implementation"], int(row["n_clusters"]), slack, int(row["seed"]))
     if point.implementation not in MODELS: raise ModelFormatError(f"Nobody knows how to load {point.name}.")

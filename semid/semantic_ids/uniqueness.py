@@ -225,7 +225,9 @@ def _prepare(connection, path):
 
 # %% ../../nbs/semantic_ids/10_uniqueness.ipynb #5853abfd
 class SQLiteCollisionStore(CollisionStore):
-    "Counts and items in an SQLite file that threads and processes may share."
+    """Counts and items in an SQLite file that threads and processes may share.
+
+    SemidError if it can't be used, or stays locked; ModelFormatError if it is another kind of file."""
     def __init__(
         self,
         db_path="collisions.db",  # the file; made where it is missing
@@ -278,7 +280,9 @@ class SQLiteCollisionStore(CollisionStore):
         self,
         path,  # the copy; a store that is there already is replaced
     ):
-        "Write a complete copy of the database to `path`, also while others use the store."
+        """Write a complete copy of the database to `path`, also while others use the store.
+
+        SemidError if either can't be written; ModelFormatError if something else is at `path`."""
         path = Path(path).absolute()
         if path.exists():
             if path.samefile(self._file): return
@@ -296,7 +300,7 @@ def _listed(values, name):
 def check_semantic_ids(
     semantic_ids,  # N strings
 ):                 # list of N strings
-    "`semantic_ids` as a list of strings."
+    "`semantic_ids` as a list of strings; DataError if one is none."
     keys = _listed(semantic_ids, "semantic_ids")
     if set(map(type, keys)) <= {str}: return keys
     wrong = next((i for i, key in enumerate(keys) if not isinstance(key, str)), None)
@@ -308,7 +312,9 @@ def check_item_ids(
     item_ids,  # strings or integers
     n,         # how many there must be
 ):             # list of n strings
-    "`item_ids` as `n` strings that are not empty."
+    """`item_ids` as `n` strings that are not empty.
+
+    ShapeMismatchError for another number, DataError if one is empty or of another type."""
     items = _listed(item_ids, "item_ids")
     if len(items) != n: raise ShapeMismatchError(f"{len(items)} item_ids for {n} semantic IDs: one each.")
     if not set(map(type, items)) <= {str}:
@@ -334,7 +340,9 @@ class _Counting(CollisionStore):
 
 # %% ../../nbs/semantic_ids/10_uniqueness.ipynb #17c0cd8c
 class UniqueIdResolver(BaseResolver):
-    "First come, first served: the first item gets its semantic ID as it is, those after it a suffix."
+    """First come, first served: the first item gets its semantic ID as it is, those after it a suffix.
+
+    ConfigError for an unknown suffix, or a store that can't count."""
     def __init__(
         self,
         store: Any = None,  # a CollisionStore or an object with `next_suffix`; in memory when None

@@ -50,7 +50,7 @@ def _stamp_of(folder):
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 class ImageDatabase:
-    "Pictures as vectors of one model, on disk, as they were when it was opened."
+    "Pictures on disk as vectors of one model, as of its opening; DataError or ModelFormatError: no such."
     def __init__(
         self,
         folder,    # one that `create` made
@@ -96,7 +96,7 @@ class ImageDatabase:
         folder,   # new, or empty
         encoder,  # the `Encoder` that makes the vectors
     ) -> "ImageDatabase":
-        "A new database without pictures."
+        "A new database without pictures; ConfigError if the folder holds something."
         folder = Path(folder)
         def check():
             if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
@@ -159,7 +159,7 @@ class ImageDatabase:
         self,
         id,
     ) -> np.ndarray:
-        "(D,) the vector of a picture."
+        "(D,) float32, the vector of a picture; DataError if there is no such picture."
         at, row = self._place(id)
         return np.array(self.parts[at][row])
 
@@ -167,7 +167,7 @@ class ImageDatabase:
         self,
         id,
     ) -> bytes | None:
-        "A small JPEG of a picture, if there is one."
+        "A small JPEG of a picture, if it has one; DataError if there is no such picture."
         at, row = self._place(id)
         with pq.ParquetFile(pa.BufferReader([*self._segments.values()][at].file)) as file:
             groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
@@ -194,7 +194,7 @@ class ImageDatabase:
         self,
         prefix,   # codes, such as (12, 5); () is everything
     ) -> np.ndarray:
-        "(rows,) bool: pictures whose semantic IDs start so."
+        "(rows,) bool: pictures whose semantic IDs start so; ConfigError for a prefix longer than IDs."
         prefix = np.asarray(prefix, int)
         if len(prefix) > self.codes.shape[1]:
             raise ConfigError(f"A prefix of {len(prefix)} codes is longer than the IDs, which have "
@@ -211,11 +211,11 @@ class ImageDatabase:
     def search(
         self,
         vectors,       # (q, D) unit vectors
-        top_k=10,
+        top_k=10,      # ConfigError below 1
         allowed=None,       # (rows,) bool: only these; all by default
         approximate=False,  # by the index, if there is one and no `allowed`; what it lacks, exactly
     ) -> list[list[Hit]]:
-        "The pictures that are nearest to each vector."
+        "The pictures that are nearest to each vector; ShapeMismatchError for other shapes, or NaN."
         if top_k < 1: raise ConfigError(f"top_k must be at least 1, not {top_k}.")
         vectors = np.atleast_2d(np.asarray(vectors, np.float32))
         if vectors.shape[1] != self.about["dim"] or not np.isfinite(vectors).all():
@@ -309,7 +309,7 @@ class DatabaseWriter:
     def __init__(
         self,
         folder,
-        wait=60.0,  # seconds in which another process may end its change
+        wait=60.0,  # seconds in which another process may end its change; then ConfigError
     ):
         self.folder, self.wait = Path(folder), wait
 
@@ -322,7 +322,7 @@ class DatabaseWriter:
         paths=None,       # (n,) where the pictures are
         thumbnails=None,  # (n,) small JPEGs, to show
     ):
-        "Add pictures."
+        "Add pictures; DataError for ids that repeat or lengths other than 1, ShapeMismatchError for shapes."
         with self._alone():
             database = ImageDatabase(self.folder)
             ids, *rest = _checked(ids, vectors, paths, thumbnails, database.about["dim"])
@@ -334,7 +334,7 @@ class DatabaseWriter:
         self,
         ids,  # of pictures that are there
     ):
-        "Remove pictures."
+        "Remove pictures; DataError if one is not there."
         with self._alone():
             database, ids = ImageDatabase(self.folder), [*map(str, ids)]
             if odd := [i for i in ids if i not in database]:
@@ -343,7 +343,7 @@ class DatabaseWriter:
 
     def attach_ids(
         self,
-        path,  # an ids.parquet, as `semid encode` and the pipeline write it
+        path,  # an ids.parquet, as `semid encode` and the pipeline write it; else DataError
     ) -> int:  # pictures that have an ID now
         "Give pictures their semantic IDs, by which a search can be restricted; they replace earlier ones."
         table = read_ids(path)
@@ -362,7 +362,7 @@ class DatabaseWriter:
         ef_search=64,  # pictures that a search keeps in mind
         queries=None,  # (q, D) unit vectors to measure recall with; 500 of the pictures by default
     ) -> float:        # recall@10 against the exact search
-        "Build the index of an approximate search (HNSW), anew if there is one."
+        "Build the index of an approximate search (HNSW), anew if there is one; DataError without pictures."
         with self._alone():
             database = ImageDatabase(self.folder)
             if not len(database): raise DataError(f"{self.folder} has no pictures to index.")

@@ -79,7 +79,9 @@ class ApproximateIndex:
         queries=None,  # (q, D) unit vectors that recall is measured with; 500 of the rows by default
         seed=0,
     ):
-        "Link all rows, and measure what a search misses."
+        """Link all rows, and measure what a search misses.
+
+        DataError for fewer than two, ConfigError for m or ef_search out of range."""
         faiss = _faiss()
         if len(vectors) < 2: raise DataError("An index needs at least two pictures.")
         if not (2 <= m <= 512 and 1 <= ef_search <= 100_000):
@@ -109,7 +111,7 @@ class ApproximateIndex:
         queries,        # (q, D) unit vectors
         top_k,
         allowed=None,   # (rows,) bool: which of them count; all by default
-    ):                  # for each query: row numbers and their scores, float32, as `nearest_rows` gives them
+    ):                  # a list of (k,) row numbers and one of (k,) float32 scores, as `nearest_rows`
         "Rows with large products with each query, the largest first."
         faiss = _faiss()
         top_k = min(top_k, len(self))

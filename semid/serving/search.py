@@ -48,7 +48,9 @@ class Predictor:
 
     @property
     def database(self) -> ImageDatabase:
-        "The database, as it is on disk now."
+        """The database, as it is on disk now.
+
+        DataError if there is none; ModelFormatError if it is damaged, or of another encoder."""
         found = ImageDatabase(self.folder) if self._database is None else self._database.latest()
         if found is not self._database: found.check(self.encoder)
         self._database = found
@@ -77,7 +79,11 @@ class Predictor:
         paths,          # files, folders of pictures, collections or Parquet
         progress=True,
     ) -> dict[str, str]:  # pictures that can't be decoded, and why
-        "Encode pictures into the database; those that are there already are passed over."
+        """Encode pictures into the database; those that are there already are passed over.
+
+        DataError if nothing is at a path; ConfigError for an encoder of texts; ModelFormatError for a
+        database of
+        another one."""
         paths = [paths] if isinstance(paths, str | Path) else list(paths)
         found = pictures_at(paths)
         if not self.encoder.prepare: raise ConfigError(f"{self.encoder.name} reads texts only, no pictures.")
@@ -119,7 +125,9 @@ class Predictor:
         top_k=10,
         prefix=(),  # codes: only pictures whose semantic IDs start so
     ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
-        "The pictures that fit a text best."
+        """The pictures that fit a text best.
+
+        DataError for an empty text, ConfigError for a prefix longer than IDs."""
         return self.nearest(self.encoder.encode_texts(query), top_k, prefix)
 
     def search_by_image(
@@ -128,7 +136,9 @@ class Predictor:
         top_k=10,
         prefix=(),  # codes: only pictures whose semantic IDs start so
     ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
-        "The pictures that look most like one."
+        """The pictures that look most like one.
+
+        DataError if it can't be decoded, ConfigError for an encoder of texts."""
         vectors, errors = self.encoder.encode_images([image])
         if errors: raise DataError(f"The picture can't be searched with: {errors[0]}.")
         return self.nearest(vectors, top_k, prefix)
@@ -140,7 +150,9 @@ class Predictor:
         prefix=(),
         database=None,  # as it is on disk now, by default
     ) -> list[dict[str, Any]]:  # rank, id, image_path, score; the best first
-        "The pictures nearest to a point of the space."
+        """The pictures nearest to a point of the space.
+
+        ShapeMismatchError for another shape; ConfigError for top_k below 1, or a prefix longer than IDs."""
         database = self.database if database is None else database
         allowed = database.starting_with(prefix) if len(prefix) else None
         return [_line(hit) for hit in database.search(vector, top_k, allowed, self.approximate)[0]]
@@ -151,7 +163,7 @@ def create_predictor(
     database="db",     # folder of the database
     approximate=False,  # search by the database's index; DataError where it has none
 ) -> Predictor:
-    "A predictor with a model."
+    "A predictor with a model; ConfigError, DataError or ModelFormatError if it can't be opened."
     if model_path is None:
         model_path = next((path for path in MODELS if Path(path).is_dir()), None)
         if model_path is None:

@@ -123,7 +123,7 @@ def create_app(
     timeout=10.0,              # seconds after which an answer is given up
     upload_timeout=30.0,       # seconds in which a body has to be here
 ) -> FastAPI:
-    "The service of a database."
+    "The service of a database; DataError or ModelFormatError, at the start, if that can't be used."
     app, registry = FastAPI(title="semid", description=__doc__ or ""), CollectorRegistry()
     pictures = Gauge("semid_pictures", "Pictures in the database.", registry=registry)
     app.add_middleware(Limited, most=max_body, seconds=upload_timeout)
