@@ -3756,6 +3756,7 @@ d = { 'settings': { 'branch': 'main',
                                 'semid.training.learning_rate': ('training.html#learning_rate', 'semid/training.py'),
                                 'semid.training.one_thread': ('training.html#one_thread', 'semid/training.py'),
                                 'semid.training.precision_on': ('training.html#precision_on', 'semid/training.py'),
+                                'semid.training.remove_own': ('training.html#remove_own', 'semid/training.py'),
                                 'semid.training.seed_of': ('training.html#seed_of', 'semid/training.py'),
                                 'semid.training.shuffled': ('training.html#shuffled', 'semid/training.py'),
                                 'semid.training.train': ('training.html#train', 'semid/training.py')}}}

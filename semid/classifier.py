@@ -31,7 +31,7 @@ from .config import device as device_of
 from .images import MAX_PIXELS, read_image, read_pixels
 from .networks import check_room, fill, read_network, write_network
 from .picture_sources import pictures_at
-from .training import check_settings, learning_rate, precision_on, shuffled, train
+from .training import check_settings, learning_rate, precision_on, remove_own, shuffled, train
 
 # %% ../nbs/06_classifier.ipynb #0aa0bc42
 @dataclass
@@ -157,7 +157,7 @@ def train_classifier(
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
-    own = None if checkpoint else output_path / "checkpoint.safetensors"
+    own = output_path / "checkpoint.safetensors"
     network = _network(len(data.classes), weights, seed).to(where)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     learned, judged = (torch.from_numpy(np.flatnonzero(rows)) for rows in (data.is_train, ~data.is_train))
@@ -187,7 +187,7 @@ def train_classifier(
     figure = plot_classifier(done.history, logits.argmax(1), labels, data.classes)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    if own: own.unlink(missing_ok=True)
+    remove_own(own, checkpoint)
     return done.history
 
 def plot_classifier(

@@ -1,5 +1,5 @@
 "Notebooks run and are clean, stages read what they are given; rooms import only from rooms above them."
-import ast, configparser, importlib.util, json, re, subprocess, sys
+import ast, configparser, importlib.util, json, multiprocessing, os, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,20 +36,31 @@ def names_in(cell, context):
     return {n.id for n in ast.walk(tree_of(cell)) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
 
 
-RUN = """
-import sys, nbdev.test
-from pathlib import Path
-passed, seconds = nbdev.test.test_nb(Path(sys.argv[1]), sys.argv[3:], basepath=sys.argv[2])
-sys.exit(not passed)
-"""
+# Each notebook has a process of its own, forked from one that has only imported the large packages.
+FORKS = multiprocessing.get_context("forkserver")
+LARGE = "nbdev.test matplotlib.pyplot numba pyarrow.parquet pandas sklearn.cluster torch".split()
 
 
-def run_notebook(path):
+def run_here(path, said):
+    "Run a notebook as `nbdev_test` does; all it says goes into the file `said`."
+    from nbdev.test import test_nb
+    with open(said, "w") as file:
+        for stream in (1, 2): os.dup2(file.fileno(), stream)
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
-    flags = settings["DEFAULT"]["tst_flags"].split()
-    command = [sys.executable, "-c", RUN, str(path), str(ROOT), *flags]
-    return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=600)
+    os.chdir(path.parent)
+    passed, _ = test_nb(path, settings["DEFAULT"]["tst_flags"].split(), basepath=ROOT)
+    sys.exit(not passed)
+
+
+def run_notebook(path, said):
+    "Whether it passed, and what it said."
+    run = FORKS.Process(target=run_here, args=(path, said))
+    run.start()
+    run.join(600)
+    if run.is_alive(): run.kill()
+    run.join()
+    return run.exitcode == 0, said.read_text()
 
 
 def files():
@@ -58,18 +69,21 @@ def files():
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, tmp_path_factory):
     "The runs of the notebooks that were asked for, two at a time; and the files that were there before."
     items = [item for item in request.session.items if item.originalname == "test_it_runs"]
     asked = [item.callspec.params["path"] for item in items if item.path == request.path]
+    said, before = tmp_path_factory.mktemp("said"), files()
+    FORKS.set_forkserver_preload(LARGE)
     with ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(run_notebook, path) for path in asked}, files()
+        submit = lambda i, path: pool.submit(run_notebook, path, said / f"{i}.txt")
+        yield {path: submit(i, path) for i, path in enumerate(asked)}, before
 
 
 @of(NOTEBOOKS)
 def test_it_runs(path, runs):
-    run = runs[0][path].result()
-    assert run.returncode == 0, run.stderr[-5000:]
+    passed, said = runs[0][path].result()
+    assert passed, said[-5000:]
 
 
 def test_runs_leave_no_files(runs):

@@ -15,7 +15,7 @@ from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchErro
 from ..config import device as device_of
 from .moments import WINDOW, Moments, is_window, read_moments, temporal_iou
 from ..networks import check_room, fill, read_network, write_network
-from ..training import check_settings, learning_rate, one_thread, shuffled, train
+from ..training import check_settings, learning_rate, one_thread, remove_own, shuffled, train
 
 # %% ../../nbs/models/04_boundary.ipynb #ba185ea1
 KIND = "BoundaryRegressor"
@@ -193,7 +193,7 @@ def train_boundary(
     figure = plot_boundary(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    if checkpoint is None or Path(checkpoint).resolve() == last.resolve(): last.unlink(missing_ok=True)
+    remove_own(last, checkpoint)
     return done.history
 
 # %% ../../nbs/models/04_boundary.ipynb #e82dba70

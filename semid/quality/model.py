@@ -17,7 +17,7 @@ from ..config import DataError, ModelFormatError, default_threads, save_figure
 from ..config import device as device_of
 from ..images import MAX_PIXELS, read_pixels
 from ..networks import check_room, fill, read_network, write_network
-from ..training import check_settings, learning_rate, precision_on, train
+from ..training import check_settings, learning_rate, precision_on, remove_own, train
 
 # %% ../../nbs/quality/03_model.ipynb #d2268c83
 def _loss(logits, targets):
@@ -92,7 +92,7 @@ def train_quality(
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
-    own = None if checkpoint else output_path / "checkpoint.safetensors"
+    own = output_path / "checkpoint.safetensors"
     with torch.random.fork_rng(["cuda"] if where.startswith("cuda") else []):
         torch.manual_seed(seed)
         network = QualityNetwork(len(data.heads), width).to(where)
@@ -119,7 +119,7 @@ def train_quality(
     figure = plot_training(done.history, logits, targets, data.heads)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    if own: own.unlink(missing_ok=True)
+    remove_own(own, checkpoint)
     return done.history
 
 # %% ../../nbs/quality/03_model.ipynb #848e977f

@@ -27,7 +27,7 @@ from ..networks import check_room, write_network
 from .metrics import retrieval_metrics
 from .network import DualEncoder
 from .text import train_tokenizer
-from ..training import check_settings, learning_rate, precision_on, shuffled, train
+from ..training import check_settings, learning_rate, precision_on, remove_own, shuffled, train
 
 # %% ../../nbs/ranking/03_contrastive.ipynb #9593c94f
 @dataclass
@@ -261,7 +261,7 @@ def train_ranking(
     figure = plot_ranking(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    if checkpoint is None or Path(checkpoint).resolve() == last.resolve(): last.unlink(missing_ok=True)
+    remove_own(last, checkpoint)
     return done.history
 
 def plot_ranking(
