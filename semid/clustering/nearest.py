@@ -15,6 +15,7 @@ from numba import njit
 
 from .rows import ANY_ORDER, INT8_WIDTH, LazyRows, as_matrix, check_finite, exact_dot
 from .rows import exact_products, exact_squares, over_blocks, prefetch_row, quantise_rows
+from .rows import read_only
 from ..config import ConfigError, ShapeMismatchError, default_threads
 from ..config import device as pick_device
 
@@ -378,7 +379,8 @@ def assign(
     known = books.half32, books.tables32, books.slack, books.reach, books.far, books.rounding
     exact = books.centroids, books.half_norms, books.tables, books.offsets
     def kernel(s, r, P, scale, error, scales, errors):
-        return sum(_assign_level(level, P, r.values, rows.shift, scale, error, r.norm, books.rows.values,
+        X, shift = read_only(r.values), read_only(rows.shift)
+        return sum(_assign_level(level, P, X, shift, scale, error, r.norm, books.rows.values,
                                  scales, errors, books.rows.norm, *known, *exact, codes[s])
                    for level in range(len(books.levels)))
     in_blocks(kernel, rows, books, 4 * len(books.levels), backend, n_threads=n_threads)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from .rows import over_blocks
+from .rows import over_blocks, read_only
 from ..config import default_threads
 
 # %% ../../nbs/clustering/02_sums.ipynb #0cac1836
@@ -56,7 +56,7 @@ def sum_steps(
     "How many coarse and fine steps make 1, so that sums are exact in any order."
     bits = 52 - int(np.ceil(np.log2(max(n, 2))))
     coarse = 2.0 ** np.minimum(bits - np.frexp(largest)[1], 900)
-    return np.stack([coarse, np.minimum(coarse * 2.0**bits, 2.0**1000)])
+    return read_only(np.stack([coarse, np.minimum(coarse * 2.0**bits, 2.0**1000)]))
 
 @njit(nogil=True, cache=True)
 def move_rows(
@@ -155,7 +155,7 @@ def squared_distances(
     n_threads=None,  # threads to use; all by default
 ) -> np.ndarray:     # (N,) float64
     "Squared Euclidean distance of each row to the centroid that its label names."
-    out = np.empty(len(X))
+    out, centroids = np.empty(len(X)), read_only(centroids)
     over_blocks(lambda s: _gaps(X[s], centroids, labels[s], out[s]), len(X), n_threads, 4096)
     return out
 

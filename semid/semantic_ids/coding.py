@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..clustering.kmeans import check_whole
 from ..clustering.nearest import assign, in_blocks, screened
-from ..clustering.rows import ANY_ORDER, LazyRows, exact_dot, replace_largest
+from ..clustering.rows import ANY_ORDER, LazyRows, exact_dot, read_only, replace_largest
 from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchError
 from ..config import device as pick_device
 from ..networks import stated_kind
@@ -137,8 +137,8 @@ def search(
     known = books.half32, books.tables32, books.slack, books.reach, books.far, books.rounding
     exact = books.centroids, books.half_norms, books.tables, books.offsets
     def kernel(s, r, P, scale, error, scales, errors):
-        return _search_rows(P, r.values, scale, error, r.norm, scales, errors, books.rows.norm, *known,
-                            *exact, beam_size, out[0][s], out[1][s])
+        return _search_rows(P, read_only(r.values), scale, error, r.norm, scales, errors, books.rows.norm,
+                            *known, *exact, beam_size, out[0][s], out[1][s])
     patience = 8 * beam_size * len(books.levels)
     in_blocks(kernel, rows, books, patience, backend, pick_device(device), n_threads)
     return out
