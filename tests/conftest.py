@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from forked import forked
 from semid.ray_cluster import start_ray
 
 SDIST = "semantic-id==0.2.5"
@@ -12,9 +13,15 @@ DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).resolve().parents[2] / "
 SEMID = str(Path(sys.executable).with_name("semid"))
 
 
+def _command(*words):
+    from semid.cli.main import main
+    sys.argv = [SEMID, *words]
+    main()
+
+
 def semid(*words, cwd, check=True):
     "Run the command line; what it says, and how it ends."
-    done = subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = forked(_command, *map(str, words), cwd=cwd)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -4,8 +4,8 @@ import pickle
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import SEMID, semid
 from semid import RQVAE, RQKMeans, write_features
 from semid.semantic_ids.encoding import codes_of, read_ids
 
-SEMID = [str(Path(sys.executable).with_name("semid"))]
+semid = partial(semid, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,6 @@ def made(tmp_path_factory):
     write_features(folder / "vectors.parquet", np.array([f"item-{i}" for i in range(len(X))]), X)
     RQKMeans(3, 24, random_state=0, max_iter=5).fit(X[:5000]).save(folder / "model")
     return folder
-
-
-def semid(*words, cwd):
-    return subprocess.run([*SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def table(path, ids, feature, kind=None):
@@ -173,7 +170,7 @@ def undisturbed(made, tmp_path_factory):
 @pytest.mark.parametrize("seen", [1, 20_000])
 def test_a_killed_encode_run_again_loses_and_doubles_nothing(seen, made, undisturbed, tmp_path):
     whole, words = undisturbed
-    running = subprocess.Popen([*SEMID, *words], cwd=tmp_path)
+    running = subprocess.Popen([SEMID, *words], cwd=tmp_path)
     store = tmp_path / "ids.db"
     deadline = time.monotonic() + 120
     while running.poll() is None and time.monotonic() < deadline:

@@ -1,5 +1,5 @@
 "Notebooks run and are clean, stages read what they are given; rooms import only from rooms above them."
-import ast, configparser, importlib.util, json, multiprocessing, os, re, subprocess, sys
+import ast, configparser, importlib.util, json, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import semid
+from forked import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -36,31 +37,12 @@ def names_in(cell, context):
     return {n.id for n in ast.walk(tree_of(cell)) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
 
 
-# Each notebook has a process of its own, forked from one that has only imported the large packages.
-FORKS = multiprocessing.get_context("forkserver")
-LARGE = "nbdev.test matplotlib.pyplot numba pyarrow.parquet pandas sklearn.cluster torch".split()
-
-
-def run_here(path, said):
-    "Run a notebook as `nbdev_test` does; all it says goes into the file `said`."
+def as_nbdev_tests_it(path):
     from nbdev.test import test_nb
-    with open(said, "w") as file:
-        for stream in (1, 2): os.dup2(file.fileno(), stream)
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
-    os.chdir(path.parent)
     passed, _ = test_nb(path, settings["DEFAULT"]["tst_flags"].split(), basepath=ROOT)
     sys.exit(not passed)
-
-
-def run_notebook(path, said):
-    "Whether it passed, and what it said."
-    run = FORKS.Process(target=run_here, args=(path, said))
-    run.start()
-    run.join(600)
-    if run.is_alive(): run.kill()
-    run.join()
-    return run.exitcode == 0, said.read_text()
 
 
 def files():
@@ -69,21 +51,19 @@ def files():
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
+def runs(request):
     "The runs of the notebooks that were asked for, two at a time; and the files that were there before."
     items = [item for item in request.session.items if item.originalname == "test_it_runs"]
     asked = [item.callspec.params["path"] for item in items if item.path == request.path]
-    said, before = tmp_path_factory.mktemp("said"), files()
-    FORKS.set_forkserver_preload(LARGE)
     with ThreadPoolExecutor(2) as pool:
-        submit = lambda i, path: pool.submit(run_notebook, path, said / f"{i}.txt")
-        yield {path: submit(i, path) for i, path in enumerate(asked)}, before
+        run = lambda path: forked(as_nbdev_tests_it, path, cwd=path.parent, timeout=600)
+        yield {path: pool.submit(run, path) for path in asked}, files()
 
 
 @of(NOTEBOOKS)
 def test_it_runs(path, runs):
-    passed, said = runs[0][path].result()
-    assert passed, said[-5000:]
+    run = runs[0][path].result()
+    assert run.returncode == 0, run.stderr[-5000:]
 
 
 def test_runs_leave_no_files(runs):

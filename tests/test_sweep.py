@@ -3,22 +3,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import SEMID, semid
 from semid import RQKMeans, SemidError, evaluate, write_features
 from semid.semantic_ids.grid import code_fingerprint, grid_points, run_grid
 from semid.semantic_ids.lengths import evaluate_lengths
 from semid.semantic_ids.pareto import over_seeds, pareto_front, recommend
 from semid.semantic_ids.sweep import sweep
 
-SEMID = str(Path(sys.executable).with_name("semid"))
+semid = partial(semid, check=False)
 GRID = ["--implementation", "kmeans,constrained", "--n_clusters", "4", "--n-clusters", "8",
         "--slack", "0,0.5", "--seeds", "0,1", "--n-levels", "3", "--max_iter", "8", "--device", "cpu", "-q"]
 N_POINTS = 2 * 2 * (1 + 2)
@@ -28,10 +28,6 @@ def contents(folder):
     "Every file's bytes; the empty lock aside."
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file() and p.name != ".lock"}
-
-
-def semid(*words, cwd):
-    return subprocess.run([SEMID, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def rows_of(*vectors): return np.array([f"item-{i}" for i in range(len(vectors[0]))]), *vectors
