@@ -13,6 +13,11 @@ DATA = Path(os.environ.get("SEMID_DATA", Path(__file__).resolve().parents[2] / "
 SEMID = str(Path(sys.executable).with_name("semid"))
 
 
+def pytest_collection_modifyitems(items):
+    "The longest files first, so that no worker is left alone with one."
+    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_notebooks.py"))
+
+
 def _command(*words):
     from semid.cli.main import main
     sys.argv = [SEMID, *words]
