@@ -34,11 +34,12 @@ OTHER := $(if $(SOURCE),exp run -S "collection.source=$(SOURCE)" $(if $(DATA),-S
 repro: setup     ## run the pipeline: dvc repro (SOURCE=flickr8k DATA=folder: on other pictures)
 	SEMID_PIPELINE="$${SEMID_PIPELINE:-$$(date +%Y-%m-%dT%H:%M:%S)}" dvc $(or $(OTHER),repro)
 
+# Else Ray's workers give way to all other tests, and OpenMP's idle threads spin.
 test: setup      ## everything that must pass
 	python tests/gate.py
 	ruff check nbs experiments semid tests docs.py
 	mypy
-	OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+	RAY_worker_niceness=0 OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 # One after the other, for they measure. Real data is looked for where each notebook's parameters say.
 bench: setup     ## measure again, for hours (BENCH=registry: only that)
