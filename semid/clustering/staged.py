@@ -20,7 +20,6 @@ from .kmeans import check_enough, first_look
 from .lloyd import Clustered
 from .nearest import Codebooks, assign
 from .pool import about_process, check_seen
-from .rows import read_only
 from .shards import Stage, converted, mapped, quantise_shard, quantised_blocks, shard_blocks
 from .shards import take_rows
 from .sums import Survey, exact_sum, gap_steps, move_rows, sum_steps, total_of
@@ -93,7 +92,7 @@ class _Assign:
         for s, rows in quantised_blocks(stage, shard, job["shift"]):
             assign(rows, self.books, worker.backend, "cpu", worker.n_threads, codes[s])
             moved = np.flatnonzero(labels[s] != old[s])
-            move_rows(rows.values, moved, labels[s], old[s], read_only(job["steps"]), self.sums)
+            move_rows(rows.values, moved, labels[s], old[s], job["steps"], self.sums)
         self.counts += np.bincount(labels, minlength=len(self.counts))
         _save_quickly(iteration_file(job["folder"], job["iteration"], shard, "assignments"), labels)
     def result(self): return self.sums, self.counts
@@ -143,7 +142,7 @@ class _Gaps:
         labels = _labels(job["folder"], job["iteration"], shard)
         for s, X in shard_blocks(stage, shard):
             gaps = squared_distances(X, job["centroids"], labels[s], self.worker.n_threads)
-            sums_by_label(gaps, labels[s], read_only(job["steps"]), self.sums)
+            sums_by_label(gaps, labels[s], job["steps"], self.sums)
     def result(self): return self.sums
 
 class _Subtract:
