@@ -31,7 +31,8 @@ from .config import device as device_of
 from .images import MAX_PIXELS, read_image, read_pixels
 from .networks import check_room, fill, read_network, write_network
 from .picture_sources import pictures_at
-from .training import check_settings, learning_rate, precision_on, remove_own, shuffled, train
+from .training import (CHECKPOINT, check_settings, learning_rate, precision_on, remove_own, shuffled,
+                            train)
 
 # %% ../nbs/06_classifier.ipynb #0aa0bc42
 @dataclass
@@ -144,7 +145,7 @@ def train_classifier(
     precision="auto",    # "float32", "bfloat16", "float16"; "auto": see `precision_on`
     patience=None,       # stop after so many epochs without a better one
     seed=0,
-    checkpoint=None,     # file to write after every epoch; one in `output_path`, until it is done, by default
+    checkpoint=None,     # file to write after every epoch; by default one in `output_path`, until done
     resume=False,        # go on from it
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
@@ -157,7 +158,7 @@ def train_classifier(
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
-    own = output_path / "checkpoint.safetensors"
+    checkpoint = checkpoint or output_path / CHECKPOINT
     network = _network(len(data.classes), weights, seed).to(where)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     learned, judged = (torch.from_numpy(np.flatnonzero(rows)) for rows in (data.is_train, ~data.is_train))
@@ -179,7 +180,7 @@ def train_classifier(
     done = train(network, objective, batches, epochs, optimizer, clip=2.0, patience=patience, seed=seed,
                  rate=learning_rate("cosine", n_steps, min(100, n_steps // 10)), evaluate=evaluate,
                  best_by="val_accuracy", larger_is_better=True, precision=precision,
-                 checkpoint=checkpoint or own, resume=resume, about=about, log=log,
+                 checkpoint=checkpoint, resume=resume, about=about, log=log,
                  progress="classifier" if progress else None)
     write_network(output_path, KIND, network, **about, seed=seed, history=done.history,
                   best_epoch=done.best_epoch)
@@ -187,7 +188,7 @@ def train_classifier(
     figure = plot_classifier(done.history, logits.argmax(1), labels, data.classes)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    remove_own(own, checkpoint)
+    remove_own(output_path, checkpoint)
     return done.history
 
 def plot_classifier(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SemanticIdError', 'SemidError', 'NotFittedError', 'ShapeMismatchError', 'DataError', 'ModelFormatError',
            'ConfigError', 'root', 'Params', 'params', 'seed_everything', 'device', 'default_threads', 'flush_to_disk',
-           'file_sha256', 'is_alive', 'atomic_path', 'alone_in', 'write_json', 'save_figure']
+           'file_sha256', 'is_alive', 'final_path', 'atomic_path', 'alone_in', 'write_json', 'save_figure']
 
 # %% ../nbs/00_config.ipynb #2ed429d2
 import glob, hashlib, json, os, random, re, tempfile, time, warnings
@@ -156,11 +156,20 @@ def is_alive(
     except OSError: return True
     return True
 
+_TEMPORARY = re.compile(r"\.(?P<name>[^/]+)\.(?P<pid>\d+)-\w+\.tmp$")
+
+def final_path(
+    path,  # any; maybe one that `atomic_path` gave
+) -> str:
+    "What a temporary path would have become; any other path as it is."
+    return _TEMPORARY.sub(r"\g<name>", str(path))
+
 def _sweep(path):
     "Remove temporary files for `path` whose process is gone."
     for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
-        pid = left.name.removeprefix(f".{path.name}.").partition("-")[0]
-        if pid.isdigit() and not is_alive(int(pid)): left.unlink(missing_ok=True)
+        found = _TEMPORARY.match(left.name)
+        if not found or found["name"] != path.name: continue
+        if not is_alive(int(found["pid"])): left.unlink(missing_ok=True)
 
 @contextmanager
 def atomic_path(

@@ -13,6 +13,7 @@ from semid.models import boundary
 from semid.models.boundary import BoundaryRegressor, train_boundary
 from semid.models.moments import (
     WINDOW, is_window, moment_sample, read_moments, sample_moments, temporal_iou, window_features)
+from semid.training import CHECKPOINT
 
 SMALL = dict(epochs=3, width=8, device="cpu", progress=False)
 
@@ -127,7 +128,7 @@ def test_a_killed_training_ends_as_a_whole_one(tmp_path):
     (tmp_path / "samples.json").write_text(json.dumps(sample_moments(60)))
     done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(SMALL)], cwd=tmp_path, timeout=120)
     assert done.returncode == -9
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["last"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == [CHECKPOINT]
     train_boundary(tmp_path / "samples.json", tmp_path / "model", **SMALL, resume=True)
     train_boundary(tmp_path / "samples.json", tmp_path / "whole", **SMALL)
     one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
@@ -139,9 +140,9 @@ def test_only_its_own_checkpoint_is_removed(tmp_path):
     (tmp_path / "samples.json").write_text(json.dumps(sample_moments(60)))
     done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(SMALL)], cwd=tmp_path, timeout=120)
     assert done.returncode == -9
-    mark = (tmp_path / "model" / "last").read_bytes()
+    mark = (tmp_path / "model" / CHECKPOINT).read_bytes()
     train_boundary(tmp_path / "samples.json", tmp_path / "model", checkpoint=tmp_path / "elsewhere", **SMALL)
-    assert (tmp_path / "model" / "last").read_bytes() == mark
+    assert (tmp_path / "model" / CHECKPOINT).read_bytes() == mark
 
 
 def test_windows_of_a_real_model_fit_better(tmp_path):

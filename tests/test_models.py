@@ -38,6 +38,7 @@ from semid.models.reranker import Reranker
 from semid.models.reranker_training import small_cross_encoder, train_wordpiece
 from semid.onnx_file import onnx_session
 from semid.ranking.encoders import open_encoder
+from semid.training import CHECKPOINT
 
 SILENT = {"progress": False, "say": lambda _: None}
 # open_clip's architecture of this name, as small as can be: all else is as it is with the large one
@@ -460,11 +461,11 @@ def test_a_kill_while_a_regressor_is_trained_is_no_obstacle(tmp_path, tiny, mirr
     words = ["download", "--regressor-only", "--source", mirror.as_uri(), "--models-dir", str(tmp_path), "-q"]
     process = subprocess.run([sys.executable, "-c", KILLED[when] + START, str(tiny), "models", *words])
     assert process.returncode == -signal.SIGKILL
-    left = {"last"} if when == "epoch" else {"last", "metadata.json", "model.safetensors"}
+    left = {CHECKPOINT} if when == "epoch" else {CHECKPOINT, "metadata.json", "model.safetensors"}
     assert {path.name for path in (tmp_path / "regressor").iterdir()} == left
     assert semid(*words).returncode == 0 and verify_models(tmp_path) == {"regressor": []}
     assert read_manifest(tmp_path)["regressor"]["source"] == "trained here on 2,000 simulated moments"
-    assert not (tmp_path / "regressor" / "last").exists()
+    assert not (tmp_path / "regressor" / CHECKPOINT).exists()
 
 
 @pytest.fixture

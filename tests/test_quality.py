@@ -16,6 +16,7 @@ from semid.images import image_bytes, read_image
 from semid.quality.degradations import FAMILIES, degrade, random_damage
 from semid.quality.model import QualityAssessmentInference
 from semid.quality.refiner import VisualDegradationsRefiner, score_pictures
+from semid.training import CHECKPOINT
 
 TRAIN = "quality train --collection scenes --epochs 4 --per-epoch 96 --width 4 -q --output-path".split()
 
@@ -57,7 +58,7 @@ def test_the_documented_commands(project, tmp_path):
 
 def test_a_killed_training_ends_as_a_whole_one(project):
     words = [*TRAIN, "killed"]
-    checkpoint = project / "killed" / "checkpoint.safetensors"
+    checkpoint = project / "killed" / CHECKPOINT
     kill_once_there(checkpoint, *words, cwd=project)
     assert checkpoint.exists() and not (project / "killed" / "model.safetensors").exists()
     assert "resume" in semid(*words, cwd=project, check=False).stderr

@@ -15,6 +15,7 @@ from semid.collection import collect
 from semid.features import read_features
 from semid.ranking.encoders import open_encoder
 from semid.ranking.metrics import retrieval_metrics
+from semid.training import CHECKPOINT
 
 TRAIN = "ranking train --collection scenes --epochs 4 --side 48 --batch-size 32 -q --output-path".split()
 
@@ -75,13 +76,13 @@ def test_ties_count_as_the_mean_of_all_orders(images, each, seed, k):
 
 def test_a_killed_training_ends_as_a_whole_one(project):
     words = [*TRAIN, "killed"]
-    last = project / "killed" / "last"
+    last = project / "killed" / CHECKPOINT
     kill_once_there(last, *words, cwd=project)
     assert last.exists() and not (project / "killed" / "model.safetensors").exists()
     assert "resume" in semid(*words, cwd=project, check=False).stderr
-    assert "batch_size=32" in semid(*words, "--resume", "killed/last", "--batch-size", 16, cwd=project,
-                                    check=False).stderr
-    semid(*words, "--resume", "killed/last", cwd=project)
+    words += ["--resume", last]
+    assert "batch_size=32" in semid(*words, "--batch-size", 16, cwd=project, check=False).stderr
+    semid(*words, cwd=project)
     weights = [(project / name / "model.safetensors").read_bytes() for name in ("killed", "model")]
     assert weights[0] == weights[1] and not last.exists()
     assert "no checkpoint" in semid(*words, "--resume", "killed/first", cwd=project, check=False).stderr

@@ -7,14 +7,14 @@ __all__ = ['COMMANDS', 'app', 'Sources', 'IdColumn', 'FeatureColumn', 'MaxBad', 
            'Metric', 'Format', 'open_sources', 'whole_numbers', 'print_table']
 
 # %% ../../nbs/cli/00_options.ipynb #a0420762
-import errno, gc, re
+import errno, gc
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import ConfigError, SemidError
+from ..config import ConfigError, SemidError, final_path
 
 # %% ../../nbs/cli/00_options.ipynb #7fe4e617
 def _dashes(word): return word.replace("_", "-")
@@ -30,8 +30,8 @@ def _told(error):
     number, where = getattr(error, "errno", None), getattr(error, "filename", None)
     if number == errno.ENOSPC: return "The disk is full: make room, and give the same command again."
     if number not in (errno.EROFS, errno.EACCES, errno.EPERM) or where is None: return str(error)
-    meant = re.sub(r"\.([^/]+)\.\d+-\w+\.tmp$", r"\1", str(where))  # the file that it would have become
-    return f"{meant} can't be used ({error.strerror}): name another place, or change who may use it."
+    where = final_path(where)
+    return f"{where} can't be used ({error.strerror}): name another place, or change who may use it."
 
 def run():
     "Run the command line; errors are one sentence."

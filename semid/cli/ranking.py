@@ -51,9 +51,10 @@ def train_command(
     from semid.collection import open_collection
     from semid.ranking.contrastive import captioned_pictures, train_ranking
     from semid.tracking import start_run
+    from semid.training import CHECKPOINT
     if resume and not resume.is_file():
         raise ConfigError(f"There is no checkpoint {resume}: a run that was cut off leaves one, "
-                          f"{output_path / 'last'}.")
+                          f"{output_path / CHECKPOINT}.")
     found = open_collection(collection)
     learned, judged = (captioned_pictures(found, split, side) for split in ("train", "validation"))
     settings = dict(epochs=epochs, batch_size=batch_size, chunk=chunk, accumulate=accumulate, lr=lr,

@@ -15,7 +15,7 @@ from ..config import ConfigError, DataError, ModelFormatError, ShapeMismatchErro
 from ..config import device as device_of
 from .moments import WINDOW, Moments, is_window, read_moments, temporal_iou
 from ..networks import check_room, fill, read_network, write_network
-from ..training import check_settings, learning_rate, one_thread, remove_own, shuffled, train
+from ..training import CHECKPOINT, check_settings, learning_rate, one_thread, remove_own, shuffled, train
 
 # %% ../../nbs/models/04_boundary.ipynb #ba185ea1
 KIND = "BoundaryRegressor"
@@ -140,7 +140,7 @@ def train_boundary(
     patience=15,         # stop after so many epochs without a better one; None: never
     device="auto",
     seed=0,
-    checkpoint=None,     # file to write after every epoch; `last` in `output_path` by default, until done
+    checkpoint=None,     # file to write after every epoch; by default one in `output_path`, until done
     resume=False,        # go on from it
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
@@ -160,7 +160,7 @@ def train_boundary(
     if not 0 <= dropout < 1: raise ConfigError(f"dropout must be a share from 0 to below 1, not {dropout}.")
     overlap, aside = _learns_overlap(loss, data.windows), held_out(data.videos, validation, seed)
     where, output_path = device_of(device), Path(output_path)
-    last = output_path / "last"
+    checkpoint = checkpoint or output_path / CHECKPOINT
     x = _inputs(data.features, data.windows)
     network = _new_network(x.shape[1], width, dropout, members, seed)
     _standardise(network, x[~aside], data.deltas[~aside])
@@ -185,7 +185,7 @@ def train_boundary(
                  rate=learning_rate("cosine", n_steps, min(100, n_steps // 10)),
                  evaluate=lambda: {f"val_{name}": value for name, value in measure().items()},
                  best_by="val_iou" if overlap else "val_mae", larger_is_better=overlap, keep_start=True,
-                 patience=patience, seed=seed, checkpoint=checkpoint or last, resume=resume, about=about,
+                 patience=patience, seed=seed, checkpoint=checkpoint, resume=resume, about=about,
                  log=log, progress="boundary" if progress else None)
     sizes = {"videos": len({data.videos[i] for i in judged}), "samples": len(judged)}
     write_network(output_path, KIND, network, **about, seed=seed, held_out=sizes | measure(),
@@ -193,7 +193,7 @@ def train_boundary(
     figure = plot_boundary(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    remove_own(last, checkpoint)
+    remove_own(output_path, checkpoint)
     return done.history
 
 # %% ../../nbs/models/04_boundary.ipynb #e82dba70

@@ -24,6 +24,7 @@ from .moments import read_moments, sample_moments
 from .onnx import agreement, encoder_latency, export_encoder, quantize_encoder
 from .reranker import export_reranker
 from ..ranking.encoders import open_encoder
+from ..training import CHECKPOINT
 
 # %% ../../nbs/models/07_prepare.ipynb #86d2daa0
 def _whole_entry(models_dir, name):
@@ -119,7 +120,7 @@ def _sample(): return sample_moments(2000, 0)
 def _note_regressor(models_dir, source):
     folder = Path(models_dir) / REGRESSOR.name
     BoundaryRegressor(folder)
-    is_part = lambda path: path.is_file() and not path.name.startswith(".") and path.name != "last"
+    is_part = lambda path: path.is_file() and not path.name.startswith(".") and path.name != CHECKPOINT
     note_model(models_dir, REGRESSOR.name, {
         "kind": "regressor", "licence": "your own", "pretrained": False, "source": source,
         "files": files_in(models_dir, filter(is_part, folder.rglob("*")))})

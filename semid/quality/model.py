@@ -17,7 +17,7 @@ from ..config import DataError, ModelFormatError, default_threads, save_figure
 from ..config import device as device_of
 from ..images import MAX_PIXELS, read_pixels
 from ..networks import check_room, fill, read_network, write_network
-from ..training import check_settings, learning_rate, precision_on, remove_own, train
+from ..training import CHECKPOINT, check_settings, learning_rate, precision_on, remove_own, train
 
 # %% ../../nbs/quality/03_model.ipynb #d2268c83
 def _loss(logits, targets):
@@ -77,7 +77,7 @@ def train_quality(
     precision="auto",    # "float32", "bfloat16" or "float16"; what is fastest on the device by default
     patience=None,       # stop after so many epochs without a better one
     seed=0,
-    checkpoint=None,     # file to write after every epoch; one in `output_path`, until it is done, by default
+    checkpoint=None,     # file to write after every epoch; by default one in `output_path`, until done
     resume=False,        # go on from it
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
@@ -92,7 +92,7 @@ def train_quality(
     check_settings(epochs, batch_size, seed)
     check_room(output_path, KIND)
     where, output_path = device_of(device), Path(output_path)
-    own = output_path / "checkpoint.safetensors"
+    checkpoint = checkpoint or output_path / CHECKPOINT
     with torch.random.fork_rng(["cuda"] if where.startswith("cuda") else []):
         torch.manual_seed(seed)
         network = QualityNetwork(len(data.heads), width).to(where)
@@ -108,7 +108,7 @@ def train_quality(
     done = train(network, objective, batches, epochs, optimizer, clip=2.0, patience=patience, seed=seed,
                  rate=learning_rate("cosine", epochs * a_pass, min(100, epochs * a_pass // 10)),
                  evaluate=evaluate, best_by="val_loss", precision=precision,
-                 checkpoint=checkpoint or own, resume=resume, about=about, log=log,
+                 checkpoint=checkpoint, resume=resume, about=about, log=log,
                  progress="quality" if progress else None)
     logits, targets = _outputs(network, data.validation(batch_size), where)
     calibration = _calibration(logits, targets)
@@ -119,7 +119,7 @@ def train_quality(
     figure = plot_training(done.history, logits, targets, data.heads)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    remove_own(own, checkpoint)
+    remove_own(output_path, checkpoint)
     return done.history
 
 # %% ../../nbs/quality/03_model.ipynb #848e977f

@@ -27,7 +27,8 @@ from ..networks import check_room, write_network
 from .metrics import retrieval_metrics
 from .network import DualEncoder
 from .text import train_tokenizer
-from ..training import check_settings, learning_rate, precision_on, remove_own, shuffled, train
+from ..training import (CHECKPOINT, check_settings, learning_rate, precision_on, remove_own, shuffled,
+                            train)
 
 # %% ../../nbs/ranking/03_contrastive.ipynb #9593c94f
 @dataclass
@@ -201,7 +202,7 @@ def train_ranking(
     precision="auto",    # "float32", "bfloat16", "float16"; "auto": see `precision_on`
     patience=None,       # stop after so many epochs without a better one
     seed=0,
-    checkpoint=None,     # file to write after every epoch; `last` in `output_path` by default, until done
+    checkpoint=None,     # file to write after every epoch; by default one in `output_path`, until done
     resume=False,        # go on from it
     log=None,            # (dict of numbers, epoch) -> None, such as `Run.log`
     progress=True,
@@ -218,7 +219,7 @@ def train_ranking(
     if min(batch_size, len(data)) < 2:
         raise ConfigError("A picture is told from others: two are needed in a batch.")
     where, output_path = device_of(device), Path(output_path)
-    last = output_path / "last"
+    checkpoint = checkpoint or output_path / CHECKPOINT
     tokenizer = train_tokenizer(data.texts()[0], vocabulary_size, max_length)
     with torch.random.fork_rng(["cuda"] if where.startswith("cuda") else []):
         torch.manual_seed(seed)
@@ -252,7 +253,7 @@ def train_ranking(
     done = train(network, objective, batches, epochs, _optimizer(network, lr, weight_decay), clip=1.0,
                  rate=learning_rate("cosine", n_steps, min(100, n_steps // 10)), evaluate=evaluate,
                  best_by="val_recall", larger_is_better=True, patience=patience, precision=precision,
-                 accumulate=accumulate, seed=seed, checkpoint=checkpoint or last, resume=resume,
+                 accumulate=accumulate, seed=seed, checkpoint=checkpoint, resume=resume,
                  about=about | {"tokenizer": tokenizer.digest()},
                  log=log, progress="ranking" if progress else None)
     tokenizer.save(output_path / "tokenizer.json")
@@ -261,7 +262,7 @@ def train_ranking(
     figure = plot_ranking(done.history, done.best_epoch)
     save_figure(figure, output_path / "training.png")
     close(figure)
-    remove_own(last, checkpoint)
+    remove_own(output_path, checkpoint)
     return done.history
 
 def plot_ranking(
