@@ -28,12 +28,19 @@ from typer.testing import CliRunner
 
 import semid.cli.models  # noqa: F401  (makes its commands known)
 from semid.cli.options import app
-from semid.config import DataError, ModelFormatError, SemidError, alone_in, file_sha256
+from semid.config import ConfigError, DataError, ModelFormatError, SemidError, alone_in, file_sha256
 from semid.models.boundary import BoundaryRegressor, train_boundary
 from semid.models.hub import CLIP, REGRESSOR, RERANKERS, Source, fetch_model, index_mirror, open_source
-from semid.models.manifest import unknown_files
+from semid.models.manifest import note_model, unknown_files
 from semid.models.moments import sample_moments
-from semid.models.prepare import download_models, note_regressor, read_manifest, verify_models
+from semid.models.prepare import (
+    check_own,
+    download_models,
+    note_own_model,
+    note_regressor,
+    read_manifest,
+    verify_models,
+)
 from semid.models.reranker import Reranker
 from semid.models.reranker_training import small_cross_encoder, train_wordpiece
 from semid.onnx_file import onnx_session
@@ -481,10 +488,52 @@ def test_what_users_make_beside_models_is_named_and_no_fault(copied):
     (copied / "own").mkdir()
     (copied / "own" / "model.safetensors").write_text("trained by somebody")
     good = semid("verify", "--models-dir", copied)
-    assert good.returncode == 0 and "not looked at: 4 other files (onnx/own_encoder.json" in good.stdout
+    assert good.returncode == 0 and "not looked at: 1 other files (own/model" in good.stdout
     (copied / "clip" / "ViT-B-32" / "code.py").write_text("?")
     bad = semid("verify", "--models-dir", copied)
     assert bad.returncode == 1 and "files that nobody wrote down: clip/ViT-B-32/code.py" in bad.stdout
+
+
+def test_what_users_made_is_not_replaced_until_it_is_forgotten(copied, mirror):
+    entry = read_manifest(copied)["onnx/clip_ViT-B-32"]
+    for name in "onnx/clip_ViT-B-32", "reranker": note_model(copied, name, entry | {"yours": True})
+    for name, kind in ("onnx/clip_ViT-B-32", "clip"), ("reranker", "reranker"):
+        words = "download", "--source", mirror.as_uri(), "--models-dir", copied, f"--{kind}-only", "-q"
+        words += ("--clip", "ViT-B-32") if kind == "clip" else ()
+        assert f"{name} is yours, and would be lost" in semid(*words).stderr
+        assert semid("forget", name, "--models-dir", copied).returncode == 0
+        assert semid(*words).returncode == 0 and "yours" not in read_manifest(copied)[name]
+    assert "knows no nothing" in semid("forget", "nothing", "--models-dir", copied).stderr
+
+
+def test_a_cross_encoder_of_yours_is_written_down_and_takes_nobodys_place(copied):
+    with pytest.raises(ConfigError, match="give yours another name"): check_own(copied / "reranker")
+    (copied / "own").mkdir()
+    (copied / "own" / "config.json").write_text("{}")
+    note_own_model(copied / "own", "reranker", "trained by you on pairs.parquet")
+    about = read_manifest(copied)["own"]
+    assert about["yours"] and [*about["files"]] == ["own/config.json"] and verify_models(copied)["own"] == []
+
+
+def test_an_export_of_what_is_no_longer_there_is_not_good(copied, second):
+    download_models(copied, ["clip"], ["ViT-B-32"], second, **SILENT)  # without its 8 bits
+    bad = {name: why for name, [*why] in verify_models(copied).items() if why}
+    assert [*bad] == ["onnx/clip_ViT-B-32-int8"]
+    assert "made of other files than those of onnx/" in bad["onnx/clip_ViT-B-32-int8"][0]
+
+
+def test_a_real_regressor_takes_the_place_of_a_simulated_one(copied, second):
+    download_models(copied, ["regressor"], source=second, **SILENT)
+    assert read_manifest(copied)["regressor"]["source"] == second.as_uri()
+    ours, theirs = copied / "regressor", second / REGRESSOR.repository
+    assert file_sha256(ours / "model.safetensors") == file_sha256(theirs / "model.safetensors")
+
+
+def test_packages_are_missed_before_anything_is_fetched(mirror, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SemidError, match=r"needs onnxscript: pip install 'semid\[images,onnx\]'"):
+        download_models(tmp_path, ["clip"], ["ViT-B-32"], mirror, **SILENT)
+    assert not (tmp_path / "clip").exists()
 
 
 def test_a_lost_manifest_and_a_half_install_fetch_nothing(copied, mirror, monkeypatch):

@@ -40,7 +40,7 @@ CLIP = {model.arch.removesuffix("-quickgelu"): model for model in (
               "1a25a446712ba5ee05982a381eed697ef9b435cf", "MIT",
               {_CLIP: "ac4f8c4b88af6d963118cbf40ad93176d092abbedfcb752601ae1866352656e6"}, "ViT-B-32"),
     Published("clip/ViT-B-16", "clip", "timm/vit_base_patch16_clip_224.openai",
-              "977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d", "MIT",
+              "977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d", "Apache-2.0",
               {_CLIP: "4b8699299b1e8997753c64b052ba32031449d5d853f55a039148560ee02b820f"},
               "ViT-B-16-quickgelu"),
     Published("clip/RN50", "clip", "timm/resnet50_clip.openai",
