@@ -190,12 +190,12 @@ def _as_line(stage, run):
     tags, metrics = run.data.tags, run.data.metrics
     return {"stage": stage, **{name: metrics.get(name) for name in ("seconds", "peak_memory_mb")},
             "started": started.strftime("%Y-%m-%d %H:%M"), "commit": tags.get("git_commit", ""),
-            "pipeline": tags.get("semid.pipeline", ""), "settings": dict(run.data.params)}
+            "pipeline": tags.get("semid.pipeline", "")}
 
 def latest_runs(
     stages,              # names, in the order that is wanted
     experiment="semid",  # MLflow experiment
-) -> list[dict[str, Any]]:  # stage, seconds, peak_memory_mb, started (UTC), commit, pipeline, settings
+) -> list[dict[str, Any]]:  # stage, seconds, peak_memory_mb, started (UTC), commit, pipeline
     "The latest run of each stage that finished; a stage without one is left out."
     client, lines = _client(tracking_uri()), []
     if (group := client.get_experiment_by_name(experiment)) is None: return []

@@ -40,9 +40,9 @@ def page(tmp_path_factory):
                   "rows": [{f"column_{i}": f"{i}.5" for i in range(20)} | {"implementation": EVIL}]},
         "models": [model]}
     runs = [{"stage": "collect", "seconds": 12.3, "peak_memory_mb": 456.7, "started": "2026-01-01 12:00",
-             "commit": "0" * 40, "settings": {"name": EVIL}}]
+             "commit": "0" * 40, "pipeline": EVIL}]
     path = tmp_path_factory.mktemp("a page") / "index.html"
-    write_page(path, found, runs=runs, environment={"platform": EVIL})
+    write_page(path, found, runs=runs, environment={"platform": EVIL}, settings={"name": EVIL})
     return path
 
 

@@ -187,6 +187,7 @@ def test_the_page_tells_of_this_run(copy):
     assert "There is nothing to show of" not in page and "not measured" not in page
     stages = yaml.safe_load((copy / "dvc.yaml").read_text())["stages"]
     assert all(f"<tr><td>{name}<td>" in page for name in stages if name != "overview")
+    assert stages["overview"]["outs"][0]["data/report/overview.json"]["persist"]  # else it might be restored
     assert not re.search(r"<script|<link|https?://|url\(", page) and page.count("data:image/") > 50
 
 

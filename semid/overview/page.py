@@ -60,6 +60,7 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding-block: .6rem; }
 .soft, small, figcaption { color: var(--soft); } h4 small, h5 small { font-weight: 400; }
 figcaption { font-size: .85rem; margin-top: .3rem; }
 .none { color: var(--soft); font-style: italic; }
+.former { color: var(--soft); }
 .funnel { list-style: none; margin: .4rem 0 1rem; padding: 0; display: grid; gap: .5rem .6rem;
   grid-template-columns: max-content minmax(0, 1fr) max-content; }
 .funnel li { display: grid; grid-column: 1 / -1; grid-template-columns: subgrid; align-items: center; }
@@ -270,23 +271,24 @@ class="text">{{ one.description or "" }}</tr>{% endfor %}</table></div>
 {% else %}{{ not_run("registered models", "register") }}{% endif %}
 
 <h2 id="runs">What it took</h2>
-{% if runs %}<p>The latest run of every stage, {{ runs | map(attribute="seconds") | select | sum |
-duration }} in all. Memory is the peak of the stage's own
-process; Ray's
+{% if runs %}<p>The latest pipeline ran {{ latest | length }} of {{ runs | length }} stages in
+{{ latest | map(attribute="seconds") | select | sum | duration }}. Of the others, in grey, nothing had changed
+since they ran; they are of former pipelines. Memory is the peak of the stage's own process; Ray's
 workers are not in it. A sweep that finds its points made is quick.</p>
 <div class="scroll"><table><tr><th>stage<th>time<th class="text"><th>peak memory<th>started
-(UTC)<th>commit</tr>
-{% for run in runs %}<tr><td>{{ run.stage }}<td>{{ run.seconds | duration }}
+(UTC)<th>commit<th class="text">pipeline</tr>
+{% for run in runs %}<tr{{ "" if run in latest else " class=former" }}><td>{{ run.stage }}<td>{{
+run.seconds | duration }}
 <td class="text bars"><span class="bar">
 <i style="width: {{ 100 * (run.seconds or 0) / longest }}%"></i></span>
 <td>{{ (run.peak_memory_mb | n ~ " MB") if run.peak_memory_mb else "not measured" }}<td>{{ run.started
-}}<td><code>{{ run.commit[:7] }}</code></tr>{% endfor %}
+}}<td><code>{{ run.commit[:7] }}</code><td class="text">{{ run.pipeline }}</tr>{% endfor %}
 </table></div>
-<details><summary>The settings of every stage</summary><div class="scroll"><table>
-{% for run in runs %}{% for name, value in run.settings | dictsort %}<tr><td>{{ run.stage if loop.first
-else "" }}<td class="text"><code>{{ name }}</code>
-<td class="text"><code>{{ value }}</code></tr>{% endfor %}{% endfor %}</table></div></details>
 {% else %}<p class="none">MLflow has no finished run of any stage.</p>{% endif %}
+
+{% if settings %}<details><summary>The settings of every stage</summary><div class="scroll"><table>
+{% for name, value in settings.items() %}<tr><td class="text"><code>{{ name }}</code>
+<td class="text"><code>{{ value }}</code></tr>{% endfor %}</table></div></details>{% endif %}
 
 <h2 id="environment">Where this page was made</h2>
 <div class="scroll"><table>{% for name, value in environment.items() %}<tr><td>{{
@@ -325,6 +327,7 @@ def page_text(
     found,              # as `gather` gives it
     runs=(),            # as `latest_runs` gives them
     environment=None,   # as `environment` gives it
+    settings=None,      # by name: what every stage was told
     title="What the pipeline made",
 ) -> str:               # HTML
     "The page as one text."
@@ -335,14 +338,16 @@ def page_text(
     rows: Any = found["sweep"]["rows"] if found["sweep"] else []
     columns = [name for name in rows[0] if name not in _NOT_SHOWN] if rows else []
     longest = max([run["seconds"] or 0 for run in runs], default=0) or 1
+    newest = max(runs, key=lambda run: run["started"])["pipeline"] if runs else ""
+    latest = [run for run in runs if run["pipeline"] == newest]
     template = engine.from_string(MACROS + HEAD + PICTURES + IDS + RUNS + FOOT)
-    return template.render(**found, runs=runs, environment=environment or {}, title=title, style=STYLE,
-                           columns=columns, longest=longest)
+    return template.render(**found, runs=runs, latest=latest, environment=environment or {}, style=STYLE,
+                           settings=settings or {}, title=title, columns=columns, longest=longest)
 
 def write_page(
     path,               # the HTML file
     found,              # as `gather` gives it
-    **options,          # of `page_text`: runs, environment, title
+    **options,          # of `page_text`: runs, environment, settings, title
 ):
     "Write the page, whole or not at all."
     text = page_text(found, **options)
