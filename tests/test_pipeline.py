@@ -198,7 +198,7 @@ def test_one_can_explore_what_came_out(copy):
     done = json.loads((copy / "experiments" / "runs" / "explore.ipynb").read_text())["cells"]
     shown = [output.get("data", {}) for cell in done for output in cell.get("outputs", [])]
     assert sum("<figure" in "".join(data.get("text/html", "")) for data in shown) >= 8
-    assert sum("image/png" in data for data in shown) == 2
+    assert sum("image/png" in data for data in shown) == 3
     after = {path: path.stat().st_mtime_ns for path in (copy / "data").rglob("*") if path.is_file()}
     assert after == before
 
