@@ -72,6 +72,13 @@ def semantic_id_sdist(tmp_path_factory):
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
+def blobs(seed, n=1500, dim=9, k=12, spread=0.5):
+    "Points around k centres, float32."
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(k, dim))
+    return (centres[rng.integers(0, k, n)] + rng.normal(0, spread, (n, dim))).astype(np.float32)
+
+
 def residual_codes(X, codebooks):
     "Greedy residual codes by plain float64 distances."
     rest, codes = np.asarray(X, np.float32).astype(np.float64), []

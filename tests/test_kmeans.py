@@ -3,6 +3,7 @@ import inspect, json, subprocess, sys
 
 import numpy as np
 import pytest
+from conftest import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone, is_clusterer
@@ -19,12 +20,6 @@ from semid.features import write_features
 
 thorough = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def blobs(seed, n=1500, dim=9, k=12, spread=0.5):
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(k, dim))
-    return (centres[rng.integers(0, k, n)] + rng.normal(0, spread, (n, dim))).astype(np.float32)
 
 
 @thorough

@@ -1,10 +1,11 @@
 "Codes are what float64 says, however they are computed; bad input and broken folders are refused."
 import json, multiprocessing, os
+from functools import partial
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import real_data, residual_codes, semid
+from conftest import blobs, real_data, residual_codes, semid
 from hypothesis import assume, given, settings, strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -146,10 +147,7 @@ def test_real_vectors(tmp_path):
     for codes in every_way(model, X): assert (codes == expected).all()
 
 
-def blobs(seed, n=2000, dim=19, k=10, spread=0.2):
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(k, dim))
-    return (centres[rng.integers(0, k, n)] + rng.normal(0, spread, (n, dim))).astype(np.float32)
+blobs = partial(blobs, n=2000, dim=19, k=10, spread=0.2)
 
 
 @pytest.mark.parametrize("seed", range(4))
