@@ -7,7 +7,8 @@ from typing import Any
 _HOME = {
     "config": "root params Params seed_everything device SemidError SemanticIdError NotFittedError "
               "ShapeMismatchError DataError ModelFormatError ConfigError",
-    "features": "Features FeatureWriter open_features read_features write_features",
+    "feature_files": "FeatureWriter write_features",
+    "features": "Features open_features read_features",
     "sources": "data_fingerprint features_from_npy load_source",
     "collection": "Collection collect open_collection",
     "tracking": "start_run",

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .config import ConfigError, DataError, atomic_path, default_threads, write_json
-from .features import bad_rows, check_apart, write_quarantine
+from .feature_files import check_apart
+from .features import bad_rows, write_quarantine
 from .images import MAX_PIXELS, read_image
 from .picture_sources import (ORIGIN, PROBLEM, about_parquet, caption_count, column_types,
                                    flickr8k_records, folder_records, parquet_records, picture_files,
@@ -41,7 +42,9 @@ class Collection:
     fingerprint: str = ""         # sha256 of ids, pictures and captions, where we wrote it
 
     @property
-    def all_files(self) -> list[Path]: return [file for files in self.files.values() for file in files]
+    def all_files(self) -> list[Path]:
+        "The Parquet files of every split."
+        return [file for files in self.files.values() for file in files]
 
     @property
     def types(self) -> dict[str, str]:

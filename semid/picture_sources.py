@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .config import ConfigError, DataError
-from .features import check_apart, find_files
+from .feature_files import check_apart, find_files
 from .images import PICTURE_SUFFIXES
 
 ORIGIN, PROBLEM = "semid:origin", "semid:problem"  # file and row; why a record can't be used

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from .config import ConfigError, DataError, ShapeMismatchError, root
-from .features import Features, FeatureWriter, as_numbers, as_texts, open_features, read_features
+from .feature_files import FeatureWriter, as_numbers, as_texts
+from .features import Features, open_features, read_features
 
 # %% ../nbs/01_sources.ipynb #d3745d18
 class Fingerprint:

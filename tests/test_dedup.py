@@ -16,7 +16,8 @@ from semid.clustering.duplicates import check_room
 from semid.clustering.inference import KMeansInference
 from semid.clustering.kmeans import KMeans
 from semid.config import ConfigError, DataError, ShapeMismatchError
-from semid.features import open_features, read_features, write_features
+from semid.feature_files import write_features
+from semid.features import open_features, read_features
 
 SOME = settings(max_examples=60, deadline=None)
 

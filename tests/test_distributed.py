@@ -19,7 +19,8 @@ from semid.clustering.shards import find_sources, stage_features
 from semid.clustering.staged import ShardWorker
 from semid.semantic_ids.rq_kmeans import RQKMeans
 from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
-from semid.features import FeatureWriter, read_features, write_features
+from semid.feature_files import FeatureWriter, write_features
+from semid.features import read_features
 
 ray = pytest.importorskip("ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-import semid.features as sf
+import semid.feature_files
+import semid.features
 from semid.config import ConfigError, DataError, ShapeMismatchError
-from semid.features import FeatureWriter, open_features, read_features, write_features
+from semid.feature_files import FeatureWriter, write_features
+from semid.features import open_features, read_features
 from semid.sources import Fingerprint, data_fingerprint, features_from_npy, load_source
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -135,7 +137,8 @@ def test_the_first_usable_duplicate_is_kept(tmp_path):
 
 
 def test_equal_hashes_are_no_duplicates(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(sf, "_hash", lambda ids: np.zeros(len(ids), np.uint64))
+    for module in semid.feature_files, semid.features:
+        monkeypatch.setattr(module, "hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
     write_features(tmp_path / "f.parquet", *data)
     assert read_features(tmp_path / "f.parquet")[0].tolist() == data[0]
     with pytest.raises(DataError, match="'i3' is there twice"):
@@ -307,7 +310,7 @@ def test_refused_types_and_places(tmp_path, data):
 
 KILLED = """
 import sys, numpy as np
-from semid.features import FeatureWriter
+from semid.feature_files import FeatureWriter
 X = np.ones((20000, 64), np.float32)
 with FeatureWriter(sys.argv[1], 64) as writer:
     for i in range(10**6):

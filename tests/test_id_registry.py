@@ -13,7 +13,8 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
 from semid.config import ConfigError, DataError, SemidError, ShapeMismatchError
-from semid.features import open_features, write_features
+from semid.feature_files import write_features
+from semid.features import open_features
 from semid.semantic_ids import id_publishing, id_registry
 from semid.semantic_ids.formatting import codes_to_ids
 from semid.semantic_ids.id_database import IDS, VERSIONS, pack_codes, unpack_codes

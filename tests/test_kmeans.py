@@ -16,7 +16,7 @@ from semid.clustering.lloyd import Clustered, InMemory, lloyd, sample_rows
 from semid.clustering.rows import quantise_rows
 from semid.clustering.sums import Survey, exact_sum, gap_steps, ClusterSums, squared_distances
 from semid.config import ConfigError, DataError, ModelFormatError, NotFittedError, ShapeMismatchError
-from semid.features import write_features
+from semid.feature_files import write_features
 
 thorough = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from semid import RQKMeans, RQVAE
 from semid.config import ConfigError, DataError, ModelFormatError, ShapeMismatchError
-from semid.features import FeatureWriter, write_features
+from semid.feature_files import FeatureWriter, write_features
 from semid.semantic_ids.out_of_core import encode_parquet
 
 

@@ -169,7 +169,8 @@ def dedup(
     "Remove items whose vectors nearly point the same way."
     from semid.clustering.dedup import SemanticDeduplicator, write_kept
     from semid.clustering.duplicates import check_room
-    from semid.features import find_files, quarantine_file
+    from semid.feature_files import find_files
+    from semid.features import quarantine_file
     columns = dict(id_column=id_column, feature_column=feature_column)
     search = SemanticDeduplicator(
         threshold, clusters if clusters == "auto" else whole_numbers(clusters, "--clusters", 1)[0],

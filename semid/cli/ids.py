@@ -93,7 +93,8 @@ def encode(
 # %% ../../nbs/cli/01_ids.ipynb #6174ba3b
 def _vectors(features, heldout, output, quiet, quarantine, id_column, feature_column, max_bad, metric):
     "The vectors and those held out, or None; all are opened before anything is read or written."
-    from semid.features import check_apart, quarantine_file, write_quarantine
+    from semid.feature_files import check_apart
+    from semid.features import quarantine_file, write_quarantine
     sources = [open_sources(paths, id_column, feature_column, max_bad, quarantine, metric)
                for paths in (features, [heldout]) if paths != [None]]
     files = [file for source in sources for file in source.files]

@@ -26,7 +26,8 @@ from .pairs import SCREEN_SLACK, Stored, count_pairs, cut_tiles, prepare_search
 from .pairs import screen_pairs, search_on_ray, search_tiles
 from .seeding import int_products
 from ..config import ConfigError, DataError, ShapeMismatchError, is_alive
-from ..features import Features, FeatureWriter, as_texts, bad_rows, check_apart, open_features
+from ..feature_files import FeatureWriter, as_texts, check_apart
+from ..features import Features, bad_rows, open_features
 from ..features import quarantine_file, write_quarantine
 
 # %% ../../nbs/clustering/16_dedup.ipynb #4b1bcd0c

@@ -23,7 +23,7 @@ from numba import njit
 from .kmeans import check_number
 from ..config import (ConfigError, DataError, SemidError, ShapeMismatchError, atomic_path, file_sha256,
                           write_json)
-from ..features import check_apart
+from ..feature_files import check_apart
 
 # %% ../../nbs/clustering/15_duplicates.ipynb #ba15ea73
 def digests(

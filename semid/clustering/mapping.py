@@ -21,7 +21,8 @@ from .pool import about_process, check_seen, open_pool
 from .shards import fetched, find_sources
 from .sums import squared_distances
 from ..config import ConfigError, DataError, SemidError, alone_in, atomic_path, write_json
-from ..features import check_apart, open_features
+from ..feature_files import check_apart
+from ..features import open_features
 
 # %% ../../nbs/clustering/13_mapping.ipynb #5bd3f5dc
 class PartWriter(ABC):

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..config import ConfigError, DataError, alone_in, write_json
-from ..features import FeatureWriter, as_texts, bad_rows, find_files, write_quarantine
+from ..feature_files import FeatureWriter, as_texts, find_files
+from ..features import bad_rows, write_quarantine
 
 # %% ../../nbs/ranking/05_embedding.ipynb #5600aabc
 _AT_ONCE = 256  # pictures whose bytes are in memory

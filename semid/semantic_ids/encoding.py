@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config import DataError, ShapeMismatchError, atomic_path, file_sha256, write_json
-from ..features import check_apart, open_features
+from ..feature_files import check_apart
+from ..features import open_features
 from .formatting import codes_to_ids
 from .uniqueness import UniqueIdResolver
 from ..sources import Fingerprint

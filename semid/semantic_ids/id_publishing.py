@@ -20,7 +20,7 @@ from sqlalchemy import exc, select
 from tqdm.auto import tqdm
 
 from ..config import ConfigError, DataError, SemidError, ShapeMismatchError
-from ..features import as_texts
+from ..feature_files import as_texts
 from .formatting import check_codes, codes_to_ids, ids_to_codes, level_letter
 from .id_database import (
     ID_TABLES, IDS, LONGEST_ITEM, VERSIONS, digit_widths, pack_codes, under, unpack_codes)

@@ -302,7 +302,9 @@ class IdRegistry:
         X,           # (N, D) vectors
         **options,   # of `IdVersion.assign`: device, batch_size, progress
     ) -> list[str]:  # N IDs
-        "`assign` of the current version; ConfigError if there is none."
+        """IDs in the current version, those that items have and new ones; ConfigError if there is no version.
+
+        Arguments, result and other errors are those of a version's `assign`."""
         return self.current.assign(items, X, **options)
     def get(
         self,

@@ -209,11 +209,17 @@ class RQVAE:
                 f"layers={self.layers}{'' if self._is_fitted else ', not fitted'})")
 
     @property
-    def dim(self) -> int: return self.in_dim
+    def dim(self) -> int:
+        "D, as `RQKMeans` calls it too."
+        return self.in_dim
     @property
-    def n_levels(self) -> int: return len(self.num_emb_list)
+    def n_levels(self) -> int:
+        "L, as `RQKMeans` calls it too."
+        return len(self.num_emb_list)
     @property
-    def n_clusters(self) -> list[int]: return self.num_emb_list
+    def n_clusters(self) -> list[int]:
+        "K of each level, as `RQKMeans` calls it too."
+        return self.num_emb_list
     @property
     def codebooks_(self) -> list[np.ndarray]:
         "The codes of each level, (K_l, e_dim) float32, in the space of `latents`."

@@ -129,8 +129,12 @@ class InMemoryCollisionStore(CollisionStore):
             n = self._counts.get(key, 0)
             self._counts[key] = n + 1
             return n
-    def get_item(self, item_id): return self._items.get(item_id)
-    def set_item(self, item_id, unique_id): self._items[item_id] = unique_id
+    def get_item(self, item_id):
+        "The unique ID of an item, None if it has none."
+        return self._items.get(item_id)
+    def set_item(self, item_id, unique_id):
+        "Remember the unique ID of an item."
+        self._items[item_id] = unique_id
     def assign_batch(self, keys, sep="-", item_ids=None, numbered=False):
         "A unique ID for each key: all are taken, or none."
         with self._lock:
@@ -147,7 +151,8 @@ def _sqlite_errors(path):
     try: yield
     except UnicodeEncodeError as e: raise DataError(f"An ID is no valid Unicode: {e}") from None
     except sqlite3.OperationalError as e:
-        hint = "another process holds it: try again" if "locked" in str(e) else "is it writable?"
+        hints = {"locked": "another process holds it: try again", "full": "make room, and try again"}
+        hint = next((hint for word, hint in hints.items() if word in str(e)), "is it writable?")
         raise SemidError(f"The collision store {path} can't be used: {e} ({hint}).") from e
     except sqlite3.DatabaseError as e:
         raise ModelFormatError(f"{path} is not an SQLite database, or it is damaged: {e}.") from e
