@@ -16,8 +16,8 @@ EXPLORATIONS = sorted({*(ROOT / "experiments").glob("*.ipynb")} - {*STAGES})
 BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
 
 # in this order: each may import from itself and from those before it
-ROOMS = """config feature_files features sources images scenes picture_sources collection tracking sql training
-    networks onnx_file ray_cluster backbone classifier quality ranking clustering semantic_ids serving models
+ROOMS = """config feature_files features sources images scenes picture_sources collection tracking sql
+    training networks onnx_file ray_cluster backbone classifier quality ranking clustering semantic_ids serving models
     registry overview cli""".split()
 
 
