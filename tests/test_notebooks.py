@@ -17,8 +17,8 @@ BENCHMARKS = sorted((ROOT / "experiments" / "benchmarks").glob("*.ipynb"))
 
 # in this order: each may import from itself and from those before it
 ROOMS = """config feature_files features sources images scenes picture_sources collection tracking sql
-    training networks onnx_file ray_cluster backbone classifier quality ranking clustering semantic_ids serving models
-    registry overview cli""".split()
+    training networks onnx_file ray_cluster backbone classifier quality ranking clustering semantic_ids
+    serving models registry overview cli""".split()
 
 
 def name_of(path): return path.relative_to(ROOT).as_posix()
