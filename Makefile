@@ -16,14 +16,15 @@ help:            ## what there is to make
 
 setup: $(READY)  ## create .venv and install everything that is locked
 
-# uv installs the lock in a fraction of pip's time; pip, which honours every local configuration, is the fallback.
+# uv installs the lock in a fraction of pip's time, and compiles it, as pip does, for where PYTHONDONTWRITEBYTECODE is set;
+# pip, which honours every local configuration, is the fallback.
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "semid needs Python 3.11, 3.12 or 3.13 on the PATH, or make PYTHON=/path/to/python"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "semid needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is another: make PYTHON=/path/to/python"; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; "$(PYTHON)" -m venv .venv; }
 	.venv/bin/python -m pip install -q "$$(grep '^uv==' requirements.lock)"
-	VIRTUAL_ENV="$(CURDIR)/.venv" .venv/bin/python -m uv pip install -q -r requirements.lock || \
+	VIRTUAL_ENV="$(CURDIR)/.venv" .venv/bin/python -m uv pip install -q --compile-bytecode -r requirements.lock || \
 		.venv/bin/python -m pip install -q -r requirements.lock
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $(READY)
@@ -51,7 +52,7 @@ lab: setup       ## explore in JupyterLab
 	jupyter lab
 
 mlflow: setup    ## look at the runs (PORT=5000)
-	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --port $(PORT)
+	MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --port $(PORT)
 
 docs: setup      ## README.md and the site in site/, from the notebooks
 	python docs.py

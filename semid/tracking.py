@@ -14,6 +14,9 @@ from typing import Any
 
 from .config import ConfigError, root
 
+# %% ../nbs/03_tracking.ipynb #5c1f7a21
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 # %% ../nbs/03_tracking.ipynb #2e479408
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite database at the project's root, where relative SQLite paths start.
