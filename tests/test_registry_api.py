@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from semid import ModelService, RegistryClient, create_registry_app
 from semid.config import ConfigError, DataError, SemidError
 from semid.registry import client as registry_client
-from semid.registry.entities import ConflictError, NotFoundError
+from semid.registry.entities import ConflictError, Model, ModelPageInfo, NotFoundError
 from semid.registry.tables import TABLES
 
 TOKEN = "the-token-of-bob-1234"
@@ -217,6 +217,27 @@ def test_pages_of_the_web_can_not_use_a_registry_of_this_machine(service, here):
     assert rows(service) == before
     for host in "localhost:8100", "127.0.0.1", "[::1]:1":
         assert here.get("/datasets", headers={"host": host}).is_success
+    for far in "203.0.113.7", "::ffff:203.0.113.7", "2001:db8::1":
+        other = TestClient(create_registry_app(service), base_url="http://localhost", client=(far, 50000))
+        assert other.get("/datasets").status_code == 403
+
+
+def test_answers_are_made_where_they_hold_nobody_up(service, here, monkeypatch):
+    threads, ask, write = [], ModelService.get_models, Model.model_dump_json
+
+    def asked(*given, **named):
+        threads.append(threading.get_ident())
+        return ask(*given, **named)
+
+    def written(*given, **named):
+        threads.append(threading.get_ident())
+        return write(*given, **named)
+
+    monkeypatch.setattr(ModelService, "get_models", asked)
+    monkeypatch.setattr(Model, "model_dump_json", written)
+    page = here.get(MODELS).json()
+    assert len(threads) == 2 and len(set(threads)) == 1
+    assert ModelPageInfo.model_validate(page).models[0] == service.get_model("streets", "m1")
 
 
 HARM = ["'; DROP TABLE registry_models; --", '" OR 1=1 --', "%", "_", "100%_/\\", "../../etc/passwd", "..",

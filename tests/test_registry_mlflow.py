@@ -1,5 +1,6 @@
 "The registry and MLflow: what is shown there, contents, MLflow away, two processes at once, kill -9."
-import io, json, logging, os, pickle, shutil, signal, socket, subprocess, sys, threading, time, zipfile
+import bz2, gzip, io, json, logging, lzma, os, pickle, shutil, signal, socket, subprocess, sys
+import threading, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -586,6 +587,16 @@ def disguised(path):
     path.write_bytes((b"\x80\x04B\2\0\0\0\0{0" + pickle.dumps(print, 3)[2:]).ljust(37_880_968))
 
 
+def deep(path):
+    "What begins as a pickle, and as the header of a safetensors file that no parser gets to the end of."
+    path.write_bytes(((0x20280).to_bytes(8, "little") + b'{"a":' + b"[" * 100_000).ljust(0x20288))
+
+
+def packed(by):
+    "What writes a compressed pickle."
+    return lambda path: path.write_bytes(by(pickle.dumps(print)))
+
+
 def newer(path):
     "An archive that says to need another program."
     archive("a.npy", PLAIN)(path)
@@ -617,6 +628,12 @@ REFUSED = {
     "damaged lzma": ("a.npz", archive("a.npy", PLAIN, zipfile.ZIP_LZMA, damaged=True)),
     "objects in a member of another name": ("a.npz", archive("a", OBJECTS)),
     "pickle in a member of another name": ("a.zip", archive("a.txt", pickle.dumps(print))),
+    "deep header": ("a.safetensors", deep), "gzip": ("a.gz", packed(gzip.compress)),
+    "bz2": ("a.dat", packed(bz2.compress)), "xz": ("a.dat", packed(lzma.compress)),
+    "lzma": ("a.dat", packed(lambda data: lzma.compress(data, lzma.FORMAT_ALONE))),
+    "zlib": ("a.z", packed(zlib.compress)), "cut gzip": ("a.gz", lambda path: path.write_bytes(b"\x1f\x8b")),
+    "Zstandard": ("a.dat", lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" * 9)),
+    "named .pkl.gz": ("a.pkl.gz", text),
     "named .pkl": ("a.pkl", text), "named .pt": ("a.PT", text),
     "objects": ("a.npy", lambda path: np.save(path, np.array([{}], object))),
     "archive": ("a.npz", lambda path: np.savez(path, a=np.array([{}], object))),

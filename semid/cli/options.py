@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'app', 'Sources', 'IdColumn', 'FeatureColumn', 'MaxBad', 'Quarantine', 'Device', 'Seed', 'Quiet', 'run',
-           'Metric', 'Format', 'open_sources', 'whole_numbers', 'print_table']
+           'Metric', 'Format', 'open_sources', 'whole_numbers', 'plain', 'print_table']
 
 # %% ../../nbs/cli/00_options.ipynb #a0420762
 import errno, gc
@@ -70,12 +70,18 @@ def whole_numbers(text, name, most=None) -> list[int]:
     if most and len(found) > most: raise ConfigError(f"{name} takes {most} of them, not {text!r}.")
     return found
 
+def plain(
+    text,
+) -> str:
+    "What can be shown of a text that somebody else wrote: nothing in it steers the terminal."
+    return "".join(one if one.isprintable() else "\ufffd" for one in str(text))
+
 def print_table(
     rows,      # dicts of equal keys
     empty="",  # what is said where there are none
 ):
     "Print rows in columns."
     if not rows: return typer.echo(empty)
-    lines = [[*rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    lines = [[*rows[0]], *([plain(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines: typer.echo("  ".join(text.ljust(n) for text, n in zip(line, widths)).rstrip())

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import COMMANDS, Quiet, app, print_table
+from .options import COMMANDS, Quiet, app, plain, print_table
 from ..config import ConfigError, DataError
 
 # %% ../../nbs/cli/07_registry.ipynb #e8c00006
@@ -189,12 +189,12 @@ def create(
 @registry.command()
 def pin(model_id: ModelId, dataset: Of, where: Where = None):
     "Mark a model as one to keep."
-    typer.echo(f"{open_registry(where).pin_model(dataset, model_id).name} is pinned")
+    typer.echo(f"{plain(open_registry(where).pin_model(dataset, model_id).name)} is pinned")
 
 @registry.command()
 def unpin(model_id: ModelId, dataset: Of, where: Where = None):
     "Mark a model as any other."
-    typer.echo(f"{open_registry(where).unpin_model(dataset, model_id).name} is not pinned")
+    typer.echo(f"{plain(open_registry(where).unpin_model(dataset, model_id).name)} is not pinned")
 
 @registry.command()
 def delete(
@@ -212,7 +212,7 @@ def delete(
 @registry.command()
 def restore(model_id: ModelId, dataset: Of, where: Where = None):
     "Undo that a model was deleted."
-    typer.echo(f"{open_registry(where).restore_model(dataset, model_id).name} is back")
+    typer.echo(f"{plain(open_registry(where).restore_model(dataset, model_id).name)} is back")
 
 # %% ../../nbs/cli/07_registry.ipynb #e8c00012
 @registry.command()
@@ -233,12 +233,12 @@ def report(
     table = audit(models, low, high)
     if csv:
         with atomic_path(csv) as temporary: table.to_csv(temporary, index=False)
-    if plot: save_figure(plot_audit(models, low, high), plot)
     shown = table.drop(columns=["id", "classes"])
     print_table([{name: _cell(value) for name, value in row.items()} for row in shown.to_dict("records")],
                 empty=f"{dataset} has no trained model.")
     counts = table.verdict.value_counts()
     typer.echo(", ".join(f"{counts.get(name, 0)} {name}" for name in ("high", "between", "low", "unknown")))
+    if plot: save_figure(plot_audit(models, low, high), plot)
 
 def _cell(value) -> Any:
     "How a value is shown in a table."

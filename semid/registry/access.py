@@ -104,6 +104,12 @@ def _only(scope, name):
     values = [value for key, value in scope["headers"] if key == name]
     return values[0] if len(values) == 1 else None
 
+def _is_remote(client):
+    "Does a request come from another machine?"
+    try: address = ip_address(client[0])
+    except (TypeError, ValueError): return False  # from a socket in a folder
+    return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
 class Guard:
     "ASGI middleware that lets in who may ask; `request.state.user` says who it is."
     def __init__(
@@ -148,7 +154,8 @@ class Guard:
         host = _only(scope, b"host") or b""
         try: name = urlsplit(f"//{host.decode('ascii')}").hostname
         except ValueError: name = None
-        if name not in self.hosts: return self._no(403, "Without a token, this is served as localhost only.")
+        if name not in self.hosts or name in LOOPBACK and _is_remote(scope.get("client")):
+            return self._no(403, "Without a token, this is served as localhost only.")
         origin = [value for key, value in scope["headers"] if key == b"origin"]
         if any(one not in (b"http://" + host, b"https://" + host) for one in origin):
             return self._no(403, "Pages of other sites can't use this registry.")

@@ -26,7 +26,7 @@ from .. import __version__
 from ..config import ModelFormatError, SemidError
 from .access import LOOPBACK, Guard, registry_token, users_of
 from .entities import (
-    Change, ConflictError, Dataset, Model, ModelContent, ModelPageInfo, NotFoundError, Slice, Text)
+    Change, ConflictError, Dataset, Entity, Model, ModelContent, ModelPageInfo, NotFoundError, Slice, Text)
 from .service import ModelService
 from .stores import MirrorError
 from .tables import TABLES
@@ -113,34 +113,47 @@ def _asking(request: Request):
 
 Service = Annotated[Any, Depends(_asking)]
 
+def _json_of(found):
+    "JSON of entities, one at a time, so that other threads get their turn."
+    if isinstance(found, Entity): return found.model_dump_json(by_alias=True).encode()
+    if isinstance(found, list): return b"[%s]" % b",".join(map(_json_of, found))
+    if isinstance(found, dict):
+        return b"{%s}" % b",".join(b"%s:%s" % (_json_of(name), _json_of(one)) for name, one in found.items())
+    return json.dumps(found).encode()
+
+def _told(run, status=200):
+    "`run`, with what it returns made an answer in its own thread: what is large holds nobody else up."
+    return lambda *given, **named: Response(_json_of(run(*given, **named)), status,
+                                            media_type="application/json")
+
 def _dataset_routes(within):
     routes = APIRouter(tags=["datasets"])
 
-    @routes.get("/datasets")
-    async def get_datasets(service: Service) -> list[Dataset]:
+    @routes.get("/datasets", response_model=list[Dataset])
+    async def get_datasets(service: Service) -> Response:
         "All datasets, by id."
-        return await within(service.get_datasets)
+        return await within(_told(service.get_datasets))
 
-    @routes.post("/datasets", status_code=201)
-    async def create_dataset(service: Service, new: NewDataset) -> Dataset:
+    @routes.post("/datasets", status_code=201, response_model=Dataset)
+    async def create_dataset(service: Service, new: NewDataset) -> Response:
         "Make a dataset known."
-        return await within(service.create_dataset, new.id, new.name, new.description)
+        return await within(_told(service.create_dataset, 201), new.id, new.name, new.description)
 
-    @routes.get("/datasets/{dataset_id}/slices")
-    async def get_slices(service: Service, dataset_id: str) -> list[Slice]:
+    @routes.get("/datasets/{dataset_id}/slices", response_model=list[Slice])
+    async def get_slices(service: Service, dataset_id: str) -> Response:
         "All slices of a dataset, by id."
-        return await within(service.get_slices, dataset_id)
+        return await within(_told(service.get_slices), dataset_id)
 
-    @routes.post("/datasets/{dataset_id}/slices", status_code=201)
-    async def create_slice(service: Service, dataset_id: str, new: NewSlice) -> Slice:
+    @routes.post("/datasets/{dataset_id}/slices", status_code=201, response_model=Slice)
+    async def create_slice(service: Service, dataset_id: str, new: NewSlice) -> Response:
         "Make a slice of a dataset known."
         given = new.id, new.name, new.description, new.data_count
-        return await within(service.create_slice, dataset_id, *given)
+        return await within(_told(service.create_slice, 201), dataset_id, *given)
 
-    @routes.get("/datasets/{dataset_id}/slices/{slice_id}")
-    async def get_slice(service: Service, dataset_id: str, slice_id: str) -> Slice:
+    @routes.get("/datasets/{dataset_id}/slices/{slice_id}", response_model=Slice)
+    async def get_slice(service: Service, dataset_id: str, slice_id: str) -> Response:
         "A slice."
-        return await within(service.get_slice, dataset_id, slice_id)
+        return await within(_told(service.get_slice), dataset_id, slice_id)
 
     return routes
 
@@ -150,42 +163,41 @@ def _model_routes(within):
     models = "/datasets/{dataset_id}/models"
     model = models + "/{model_id}"
 
-    async def page(service, dataset_id, *asked):
-        found, more, total = await within(service.get_models, dataset_id, *asked)
-        return ModelPageInfo.model_construct(models=found, next=more, total_count=total)
+    def page(service, *asked):
+        return dict(zip(("models", "next", "totalCount"), service.get_models(*asked)))
 
-    @routes.get(models)
+    @routes.get(models, response_model=ModelPageInfo)
     async def get_models(
         service: Service, dataset_id: str, cursor: Annotated[Cursor, Query()] = None,
         length: Annotated[Length, Query()] = 50,
         order_by: Annotated[Order, Query(alias="orderBy")] = "-created_at",
         deleted: Annotated[bool, Query(description="Those that were deleted instead.")] = False,
-    ) -> ModelPageInfo:
+    ) -> Response:
         "A page of models."
-        return await page(service, dataset_id, None, cursor, length, order_by, deleted)
+        return await within(_told(page), service, dataset_id, None, cursor, length, order_by, deleted)
 
-    @routes.post(models + "/search")
-    async def search_models(service: Service, dataset_id: str, asked: Search) -> ModelPageInfo:
+    @routes.post(models + "/search", response_model=ModelPageInfo)
+    async def search_models(service: Service, dataset_id: str, asked: Search) -> Response:
         "A page of the models that fit a filter."
-        return await page(service, dataset_id, asked.filter, asked.cursor, asked.length, asked.order_by,
-                          asked.deleted)
+        given = asked.filter, asked.cursor, asked.length, asked.order_by, asked.deleted
+        return await within(_told(page), service, dataset_id, *given)
 
-    @routes.post(models, status_code=201)
-    async def create_model(service: Service, dataset_id: str, new: NewModel) -> Model:
+    @routes.post(models, status_code=201, response_model=Model)
+    async def create_model(service: Service, dataset_id: str, new: NewModel) -> Response:
         "Register a model."
         given = {name: getattr(new, name) for name in NewModel.model_fields if name != "id"}
-        return await within(service.create_model, dataset_id, model_id=new.id, **given)
+        return await within(_told(service.create_model, 201), dataset_id, model_id=new.id, **given)
 
-    @routes.get(model)
-    async def get_model(service: Service, dataset_id: str, model_id: str) -> Model:
+    @routes.get(model, response_model=Model)
+    async def get_model(service: Service, dataset_id: str, model_id: str) -> Response:
         "A model."
-        return await within(service.get_model, dataset_id, model_id)
+        return await within(_told(service.get_model), dataset_id, model_id)
 
-    @routes.patch(model)
-    async def update_model(service: Service, dataset_id: str, model_id: str, change: ModelChange) -> Model:
+    @routes.patch(model, response_model=Model)
+    async def update_model(service: Service, dataset_id: str, model_id: str, change: ModelChange) -> Response:
         "Change a model: what is not given stays as it is, null takes away; objects and lists are replaced."
         given = {name: getattr(change, name) for name in change.model_fields_set}
-        return await within(service.update_model, dataset_id, model_id, **given)
+        return await within(_told(service.update_model), dataset_id, model_id, **given)
 
     @routes.delete(model, status_code=204)
     async def delete_model(
@@ -196,25 +208,25 @@ def _model_routes(within):
         "Delete a model, which can be undone."
         await within(service.delete_model, dataset_id, model_id, force, revision)
 
-    @routes.post(model + "/pin")
-    async def pin_model(service: Service, dataset_id: str, model_id: str, seen: Seen) -> Model:
+    @routes.post(model + "/pin", response_model=Model)
+    async def pin_model(service: Service, dataset_id: str, model_id: str, seen: Seen) -> Response:
         "Mark a model as one to keep."
-        return await within(service.pin_model, dataset_id, model_id, seen.revision)
+        return await within(_told(service.pin_model), dataset_id, model_id, seen.revision)
 
-    @routes.post(model + "/unpin")
-    async def unpin_model(service: Service, dataset_id: str, model_id: str, seen: Seen) -> Model:
+    @routes.post(model + "/unpin", response_model=Model)
+    async def unpin_model(service: Service, dataset_id: str, model_id: str, seen: Seen) -> Response:
         "Mark a model as any other."
-        return await within(service.unpin_model, dataset_id, model_id, seen.revision)
+        return await within(_told(service.unpin_model), dataset_id, model_id, seen.revision)
 
-    @routes.post(model + "/restore")
-    async def restore_model(service: Service, dataset_id: str, model_id: str, nothing: Given) -> Model:
+    @routes.post(model + "/restore", response_model=Model)
+    async def restore_model(service: Service, dataset_id: str, model_id: str, nothing: Given) -> Response:
         "Undo that a model was deleted."
-        return await within(service.restore_model, dataset_id, model_id)
+        return await within(_told(service.restore_model), dataset_id, model_id)
 
-    @routes.get(model + "/history")
-    async def get_history(service: Service, dataset_id: str, model_id: str) -> list[Change]:
+    @routes.get(model + "/history", response_model=list[Change])
+    async def get_history(service: Service, dataset_id: str, model_id: str) -> Response:
         "What was done to a model, the first thing first; also to one that was deleted."
-        return await within(service.get_history, dataset_id, model_id)
+        return await within(_told(service.get_history), dataset_id, model_id)
 
     return routes
 
@@ -229,14 +241,14 @@ def _content_routes(within, fetched, most, seconds, waiting):
     move = partial(within, limiter=CapacityLimiter(2), seconds=waiting)
 
     async def keep(service, path, content_id, run_id, folder):
-        try: return await move(service.add_content, path, content_id, run_id)
+        try: return await move(_told(service.add_content, 201), path, content_id, run_id)
         except SemidError as e:  # where the file was for a moment is nobody's business
             raise type(e)(str(e).replace(f"{folder}{os.sep}", "")) from e.__cause__
 
-    @routes.get("/contents/{content_id}")
-    async def get_content(service: Service, content_id: str) -> ModelContent:
+    @routes.get("/contents/{content_id}", response_model=ModelContent)
+    async def get_content(service: Service, content_id: str) -> Response:
         "What is known of a content, and of each of its files."
-        return await within(service.get_content, content_id)
+        return await within(_told(service.get_content), content_id)
 
     @routes.get("/contents/{content_id}/files/{path:path}", response_class=StreamingResponse,
                 responses=_FILE | _DAMAGED)
@@ -248,22 +260,24 @@ def _content_routes(within, fetched, most, seconds, waiting):
                 "content-disposition": "attachment", "x-content-type-options": "nosniff"}
         return StreamingResponse(portions(file), headers=told, media_type="application/octet-stream")
 
-    @routes.put("/contents/{content_id}/files/{name}", status_code=201, openapi_extra=_BYTES)
+    @routes.put("/contents/{content_id}/files/{name}", status_code=201, openapi_extra=_BYTES,
+                response_model=ModelContent)
     async def add_content(
         request: Request, service: Service, content_id: str, name: str, run_id: _Run = None,
         x_sha256: Annotated[str, Header(
             pattern="^([0-9A-Fa-f]{64})?$", description="Of the file: 400 if it arrived otherwise.")] = "",
-    ) -> ModelContent:
+    ) -> Response:
         "Store a content of one file: the body."
         with tempfile.TemporaryDirectory(prefix="semid-registry-") as folder:
             path = file_in(folder, name)
             await receive(request, path, most, seconds, x_sha256)
             return await keep(service, path, content_id, run_id, folder)
 
-    @routes.put("/contents/{content_id}", status_code=201, openapi_extra=_BYTES)
+    @routes.put("/contents/{content_id}", status_code=201, openapi_extra=_BYTES,
+                response_model=ModelContent)
     async def add_folder(
         request: Request, service: Service, content_id: str, run_id: _Run = None,
-    ) -> ModelContent:
+    ) -> Response:
         "Store a folder: a line of JSON that lists its files (path, sha256, size), then the bytes of each."
         with tempfile.TemporaryDirectory(prefix="semid-registry-") as home:
             body, folder = Path(home, "body"), Path(home, "files")

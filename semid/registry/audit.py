@@ -18,6 +18,13 @@ def _verdict(average, low, high):
     if average is None: return "unknown"
     return "low" if average < low else "high" if average > high else "between"
 
+def _class_aps(model):
+    "Name and AP of every class that has one; where two share a name, with what is annotated."
+    names = [one.class_name for one in model.training_classes]
+    return [(one.class_name if names.count(one.class_name) == 1 or not one.annotation_type
+             else f"{one.class_name}:{one.annotation_type}", one.ap)
+            for one in model.training_classes if one.ap is not None]
+
 def audit(
     models,      # `Model`s, such as `service.iter_models(dataset_id)` gives
     low=0.7,     # an average AP below this is low
@@ -29,11 +36,10 @@ def audit(
     rows = []
     for model in models:
         if not model.is_trained: continue
-        known = [one for one in model.training_classes if one.ap is not None]
-        worst = min(known, key=lambda one: one.ap, default=None)
+        aps = _class_aps(model)
+        worst, worst_ap = min(aps, key=lambda one: one[1], default=(None, None))
         rows.append([model.name, model.baseline_model, (model.trained_at or "")[:16].replace("T", " "),
-                     model.training_data_count, model.average_ap, len(known),
-                     worst and worst.class_name, worst and worst.ap,
+                     model.training_data_count, model.average_ap, len(aps), worst, worst_ap,
                      _verdict(model.average_ap, low, high), model.is_pinned, model.id])
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values("average_ap", ascending=False, kind="stable", ignore_index=True)
@@ -62,14 +68,14 @@ def plot_audit(
     axes = figure.subplots()
     for at, model in enumerate(drawn):
         axes.barh(at, model.average_ap, color=_COLOURS[_verdict(model.average_ap, low, high)], alpha=0.75)
-        aps = {one.class_name: one.ap for one in model.training_classes if one.ap is not None}
-        axes.plot([*aps.values()], [at] * len(aps), "o", color="#222222", markersize=3)
-        worst = min(aps, key=lambda name: aps[name])
+        aps = _class_aps(model)
+        axes.plot([ap for _, ap in aps], [at] * len(aps), "o", color="#222222", markersize=3)
+        worst, lowest = min(aps, key=lambda one: one[1])
         if len(aps) > 1:
-            axes.annotate(worst, (aps[worst], at), (0, 5), textcoords="offset points", fontsize=6,
-                          ha="center")
+            axes.annotate(worst, (lowest, at), (0, 5), textcoords="offset points", fontsize=6, ha="center",
+                          parse_math=False)
     names = [f"{'★ ' if model.is_pinned else ''}{model.name[:40]}" for model in drawn]
-    axes.set_yticks(range(len(drawn)), names, fontsize=8)
+    axes.set_yticks(range(len(drawn)), names, fontsize=8, parse_math=False)
     for end in low, high: axes.axvline(end, color="#555555", linewidth=0.8, linestyle=":")
     axes.set(xlim=(0, 1.02), ylim=(-0.7, len(drawn) - 0.3), xlabel="average precision (points: classes)")
     axes.spines[["top", "right"]].set_visible(False)

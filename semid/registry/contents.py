@@ -6,7 +6,7 @@
 __all__ = ['MOST_FILES', 'is_pickle', 'files_of', 'digest_of', 'describe', 'store', 'check_content', 'fetch']
 
 # %% ../../nbs/registry/03_contents.ipynb #e8400003
-import glob, hashlib, json, os, re, shutil, tempfile, zipfile
+import bz2, glob, gzip, hashlib, io, json, lzma, os, re, shutil, tempfile, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,7 +40,7 @@ def _begins_as_pickle(file, size):
     length = int.from_bytes(head[:8], "little")  # a safetensors file may begin like this
     if head[8:9] != b"{" or length > min(_LONGEST_HEADER, size - 8): return True
     try: return not isinstance(json.loads(head[8:] + file.read(length - len(head[8:]))), dict)
-    except ValueError: return True
+    except (ValueError, RecursionError): return True
 
 def _archive_has_pickles(path):
     try: archive = zipfile.ZipFile(path)
@@ -54,17 +54,36 @@ def _archive_has_pickles(path):
             except Exception: return True  # damaged, locked or unknown: nobody can say that it holds none
     return False
 
+_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_SEALED = b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"  # Zstandard and LZ4, which nothing here opens
+_PACKED_NAMES = (".gz", ".bz2", ".xz", ".lzma", ".z", ".zst", ".lz4")
+
+def _packs_a_pickle(path, head):
+    "Does a compressed file begin as a pickle, or may it?"
+    if head.startswith(_SEALED): return True
+    for unpacked in (opened for magic, opened in _PACKED.items() if head.startswith(magic)):
+        try:
+            with unpacked(path) as file: return _begins_as_pickle(file, 2**62)
+        except Exception: return True  # damaged: nobody can say
+    for unpack in zlib.decompressobj().decompress, lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress:
+        try: inside = unpack(head, len(head))
+        except Exception: continue  # other files may begin like these two
+        if _begins_as_pickle(io.BytesIO(inside), 2**62): return True
+    return False
+
 def is_pickle(
     path,     # a file
 ) -> bool:
     "Is it a pickle, by its name or by what is in it?"
     path = Path(path)
-    if path.suffix.lower() in _PICKLES: return True
+    name = path.with_suffix("") if path.suffix.lower() in _PACKED_NAMES else path
+    if name.suffix.lower() in _PICKLES: return True
     with open(path, "rb") as file:
         if _begins_as_pickle(file, path.stat().st_size): return True
         file.seek(0)
-        is_archive = file.read(4) == b"PK\x03\x04"
-    return is_archive and _archive_has_pickles(path)
+        head = file.read(2**16)
+    if head.startswith(b"PK\x03\x04"): return _archive_has_pickles(path)
+    return _packs_a_pickle(path, head)
 
 # %% ../../nbs/registry/03_contents.ipynb #e8400011
 _NAME = re.compile(r"[\w .()+@,=\-]+")
