@@ -1,4 +1,5 @@
 "The command line: one sentence for what can't be done, nothing half-written, and a kill that loses nothing."
+import errno
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ import pytest
 
 from conftest import SEMID, semid
 from semid import RQVAE, RQKMeans, write_features
+from semid.cli import options
 from semid.semantic_ids.encoding import codes_of, read_ids
 
 semid = partial(semid, check=False)
@@ -217,3 +220,18 @@ def test_help_is_complete():
     for command in ("fit", "encode", "evaluate", "sweep"):
         run = semid(command, "--help", cwd=Path.cwd())
         assert run.returncode == 0 and "--device" in run.stdout
+
+
+NO_ROOM = errno.ENOSPC, os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize("error", [OSError(*NO_ROOM), RuntimeError(f"writing: {NO_ROOM[1]}")], ids=type)
+def test_a_full_disk_is_one_sentence_whoever_tells_of_it(error, monkeypatch, capsys):
+    monkeypatch.setattr(options, "app", Mock(side_effect=error))
+    with pytest.raises(SystemExit): options.run()
+    assert capsys.readouterr().err.startswith("semid: The disk is full: ")
+
+
+def test_other_errors_of_libraries_are_shown_whole(monkeypatch):
+    monkeypatch.setattr(options, "app", Mock(side_effect=RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"): options.run()

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'app', 'Sources', 'IdColumn', 'FeatureColumn', 'MaxBad', 
            'Metric', 'Format', 'open_sources', 'whole_numbers', 'plain', 'print_table']
 
 # %% ../../nbs/cli/00_options.ipynb #a0420762
-import errno, gc
+import errno, gc, os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +25,12 @@ COMMANDS: dict[str, Any] = dict(
 app = typer.Typer(help="Embeddings to semantic IDs, and what comes before: cluster, deduplicate; then fit, "
                        "encode, evaluate, sweep.", **COMMANDS)
 
+_FULL = "The disk is full: make room, and give the same command again."
+
 def _told(error):
     "What an error says, and what to do."
     number, where = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number == errno.ENOSPC: return "The disk is full: make room, and give the same command again."
+    if number == errno.ENOSPC: return _FULL
     if number not in (errno.EROFS, errno.EACCES, errno.EPERM) or where is None: return str(error)
     where = final_path(where)
     return f"{where} can't be used ({error.strerror}): name another place, or change who may use it."
@@ -37,6 +39,9 @@ def run():
     "Run the command line; errors are one sentence."
     try: return app()
     except (SemidError, OSError, ImportError) as e: told = _told(e)
+    except Exception as e:
+        if os.strerror(errno.ENOSPC) not in str(e): raise
+        told = _FULL  # of a library that has errors of its own, as faiss and safetensors have
     gc.collect()  # with the error go the progress bars that it holds, which end their lines
     typer.echo(f"semid: {told}", err=True)
     raise SystemExit(1)

@@ -194,7 +194,7 @@ def _is_begun(last, about, resume):
     file = last / "settings.json"
     if file.exists():
         if not resume:
-            raise ConfigError(f"{last} holds a training that did not end: use resume=True, or remove it.")
+            raise ConfigError(f"{last} holds a training that did not end: resume it, or remove it.")
         was = json.loads(file.read_text())
         for name in sorted({*was, *about}):
             if was.get(name) != about.get(name):
