@@ -55,7 +55,8 @@ def _errors(url):
         why = " ".join(str(e.orig).split()).rstrip(".")
         if "not a database" in why or "malformed" in why:
             raise ModelFormatError(f"{shown(url)} is no database, or it is damaged: {why}.") from e
-        hints = {"locked": "another process holds it: try again", "full": "make room, and try again"}
+        hints = {"locked": "another process holds it: try again", "full": "make room, and try again",
+                 "disk I/O": "is there room on the disk, and is it writable?"}
         hint = next((hint for word, hint in hints.items() if word in why), "is it there, and writable?")
         raise SemidError(f"The registry {shown(url)} can't be used: {why} ({hint}).") from e
 

@@ -1,5 +1,5 @@
 "Codes are what float64 says, however they are computed; bad input and broken folders are refused."
-import json, multiprocessing, os
+import json, multiprocessing, os, warnings
 from functools import partial
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,7 +52,9 @@ def every_way(model, X):
                 if batch_size > 1 or len(X) < 100: yield model.encode(X, batch_size=batch_size)
     codes = np.full((len(X), model.n_levels), -1, np.int32)
     books = Codebooks(model.codebooks_)
-    _assign_on_device(quantise_rows(X, shift=books.shift), books, "cpu", codes, block=37)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of arrays that may not be written
+        _assign_on_device(quantise_rows(X, shift=books.shift), books, "cpu", codes, block=37)
     yield codes
 
 

@@ -277,7 +277,7 @@ def device_products(books, where):  # Codebooks; a torch device, such as "cuda:1
     "`float32_products` that a torch device makes."
     import torch
     roundings = np.float32((books.dim + 8) * 2.0**-24 * 1.01 + 2.0**-20)
-    C = torch.from_numpy(books.rows.values).to(where)
+    C = torch.tensor(books.rows.values, device=where)
     def products(r):
         with np.errstate(over="ignore", invalid="ignore"): shifted = torch.from_numpy(r.values - books.shift)
         with _full_float32(where): P = shifted.to(where) @ C.T
@@ -287,7 +287,7 @@ def device_products(books, where):  # Codebooks; a torch device, such as "cuda:1
 def _on_device(rows, s, where):
     "A block of rows on a torch device, less their shift; and here what their lengths can't exceed."
     import torch
-    shifted = torch.from_numpy(rows.values[s]).to(where) - torch.from_numpy(rows.shift).to(where)
+    shifted = torch.tensor(rows.values[s], device=where) - torch.tensor(rows.shift, device=where)
     norm = ((shifted * shifted).sum(1).sqrt() * (1 + (shifted.shape[1] + 32) * 2.0**-23)).cpu().numpy()
     if not np.isfinite(norm).all(): rows[s]  # raises where it isn't only their squares that overflow
     return shifted, np.maximum(norm, np.float32(1e-15))  # of shorter ones the squares underflow
@@ -295,7 +295,7 @@ def _on_device(rows, s, where):
 def _assign_on_device(rows, books, where, codes, block=32768):
     "Fill `codes` with the screen on a torch device and the decisions in float64 here."
     import torch
-    put = lambda v: torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32)).to(where)
+    put = lambda v: torch.tensor(np.asarray(v, dtype=np.float32), device=where)
     half, table, norms, slack = map(put, (books.half32, books.tables32, books.rows.norm, books.slack))
     C, o, roundings = put(books.rows.values), books.offsets, (books.dim + 8) * 2.0**-24 * 1.01
     for s in (slice(i, i + block) for i in range(0, len(rows), block)):
