@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 from conftest import SEMID, semid
 from semid import RQVAE, RQKMeans, write_features
-from semid.cli import options
+from semid.cli import main, options  # noqa: F401, with main all commands are known
 from semid.semantic_ids.encoding import codes_of, read_ids
 
 semid = partial(semid, check=False)
@@ -216,10 +217,35 @@ def test_a_sweep_that_was_stopped_goes_on(made, tmp_path):
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == table
 
 
-def test_help_is_complete():
-    for command in ("fit", "encode", "evaluate", "sweep"):
-        run = semid(command, "--help", cwd=Path.cwd())
-        assert run.returncode == 0 and "--device" in run.stdout
+def commands(of=None, name="semid"):
+    "Every command, by its name."
+    of = of or typer.main.get_command(options.app)
+    for word, one in of.commands.items():
+        if hasattr(one, "commands"): yield from commands(one, f"{name} {word}")
+        else: yield f"{name} {word}", one
+
+
+def test_every_command_and_option_is_explained():
+    assert len(list(commands())) > 40
+    for name, command in commands():
+        assert command.help, name
+        assert not [option.opts for option in command.params if not option.help], name
+    run = semid("encode", "--help", cwd=Path.cwd())
+    assert run.returncode == 0 and "--device" in run.stdout
+
+
+@pytest.mark.parametrize("names", [("--output", "-o"), ("--quiet", "-q"), ("--max-iter", "--max-iterations"),
+                                   ("--seed", "--random-state"), ("--levels", "--n-levels"),
+                                   ("--clusters", "--n-clusters")], ids="".join)
+def test_one_option_has_the_same_names_in_all_commands(names):
+    having = 0
+    for name, command in commands():
+        if name == "semid dedup" and "--clusters" in names: continue  # as many as it likes: "auto"
+        for option in command.params:
+            if name == "semid sweep" and "--seeds" in option.opts: continue  # several
+            assert len(set(names) & set(option.opts)) in (0, 2), (name, option.opts)
+            having += names[0] in option.opts
+    assert having > 1
 
 
 NO_ROOM = errno.ENOSPC, os.strerror(errno.ENOSPC)

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, FeatureColumn, Format, IdColumn, MaxBad, Metric, Quarantine, Quiet, Seed
-from .options import Sources, app, open_sources, whole_numbers
+from .options import Device, FeatureColumn, Format, IdColumn, MaxBad, MaxIter, Metric
+from .options import MetricOption, Quarantine, Quiet, Seed, Sources, app, open_sources, whole_numbers
 from ..config import ConfigError, SemidError, write_json
 
 # %% ../../nbs/cli/01_ids.ipynb #6d0d127e
@@ -21,12 +21,13 @@ from ..config import ConfigError, SemidError, write_json
 def fit(
     features: Sources,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the model.")],
-    levels: Annotated[int, typer.Option(help="L, numbers in an ID.")] = 3,
-    clusters: Annotated[str, typer.Option(help="K at every level, or a list such as 64,128,256.")] = "256",
-    metric: Metric = Metric.l2,
+    levels: Annotated[int, typer.Option("--levels", "--n-levels", help="L, numbers in an ID.")] = 3,
+    clusters: Annotated[str, typer.Option("--clusters", "--n-clusters", help="K at every level, or a list "
+                                          "such as 64,128,256.")] = "256",
+    metric: MetricOption = Metric.l2,
     balanced: Annotated[bool, typer.Option("--balanced", help="Codes used equally often.")] = False,
     slack: Annotated[float, typer.Option(help="With --balanced: by what share uses may differ.")] = 0.0,
-    max_iter: int = 100,
+    max_iter: MaxIter = 100,
     n_init: Annotated[int, typer.Option(help="Starts a level; the best is kept.")] = 1,
     seed: Seed = 0,
     work_dir: Annotated[Path | None, typer.Option(help="Fit on disk, in this folder, what memory does not "
@@ -69,7 +70,8 @@ def encode(
     output: Annotated[Path, typer.Option("--output", "-o", help="The ids.parquet to write.")],
     store: Annotated[Path | None, typer.Option(help="SQLite file that keeps the IDs of items.")] = None,
     sep: Annotated[str, typer.Option(help="Between the numbers of an ID.")] = "-",
-    fmt: Format = Format.plain,
+    fmt: Annotated[Format, typer.Option("--fmt", "--format",
+                                        help="12-3-45, or <a_12><b_3><c_45>.")] = Format.plain,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 65536,
     device: Device = "auto",
     id_column: IdColumn = "id",
@@ -171,8 +173,8 @@ def sweep(
     n_levels: Annotated[int, typer.Option("--n-levels", "--levels", help="The most levels L; every shorter "
                                           "length is reported.")] = 4,
     balanced: Annotated[bool, typer.Option("--balanced", help="Add constrained to implementations.")] = False,
-    metric: Metric = Metric.l2,
-    max_iter: Annotated[int, typer.Option(help="Iterations a level, at most.")] = 100,
+    metric: MetricOption = Metric.l2,
+    max_iter: MaxIter = 100,
     n_init: Annotated[int, typer.Option(help="Starts a level; the best is kept.")] = 1,
     rq_vae: Annotated[str, typer.Option(help='For rq_vae, rq_kmeans_plus: JSON, as {"epochs": 9}.')] = "{}",
     heldout: Annotated[Path | None, typer.Option(help="Vectors that no fit sees, measured too.")] = None,

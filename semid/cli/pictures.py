@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .options import COMMANDS, Device, MaxBad, Quiet, Seed, app
+from .options import COMMANDS, Device, MaxBad, OutputPath, Quiet, Seed, app
 from ..config import ConfigError
 
 # %% ../../nbs/cli/03_pictures.ipynb #a73b1a32
@@ -78,7 +78,7 @@ def train_command(
         help=".npy: which pictures are of one photograph; else only equal ones stay together.")] = None,
     collection: Annotated[Path | None, typer.Option(
         help="Instead: a collection, whose clean pictures are damaged on the way.")] = None,
-    output_path: ModelPath = Path("models/quality"),
+    output_path: OutputPath = Path("models/quality"),
     epochs: Annotated[int, typer.Option(help="How many.")] = 10,
     most_pictures: Annotated[int, typer.Option(help="--collection: a sample of so many of a split.")] = 1000,
     per_epoch: Annotated[int, typer.Option(help="--collection: crops an epoch.")] = 4096,
@@ -181,7 +181,7 @@ def train_classes(
     label_column: Annotated[str, typer.Option(help="Its name.")] = "label",
     train_images: Annotated[Path | None, typer.Option(help="Instead: .npy, (N, H, W, 3) uint8.")] = None,
     train_labels: Annotated[Path | None, typer.Option(help=".npy: (N,) texts or whole numbers.")] = None,
-    output_path: ModelPath = Path("models/classifier"),
+    output_path: OutputPath = Path("models/classifier"),
     side: Annotated[int, typer.Option(help="Pixels of a side that the network sees.")] = 128,
     epochs: Annotated[int, typer.Option(help="How many.")] = 15,
     batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 32,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .options import COMMANDS, Device, Quiet, Seed, app
+from .options import COMMANDS, Device, OutputPath, Quiet, Seed, app
 from .pictures import Precision
 from ..config import ConfigError, write_json
 
@@ -26,7 +26,7 @@ Encoder = Annotated[str, typer.Option(
 @ranking.command("train")
 def train_command(
     collection: CollectionPath = Path("data/collection"),
-    output_path: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("models/ranking"),
+    output_path: OutputPath = Path("models/ranking"),
     epochs: Annotated[int, typer.Option(help="How many.")] = 60,
     batch_size: Annotated[int, typer.Option(help="Pairs that are compared.")] = 64,
     chunk: Annotated[int | None, typer.Option(help="Pairs in memory at once, for large batches.")] = None,
